@@ -1,0 +1,1 @@
+"""Builds engine folders: capture, ONNX, parity, exactness, manifest."""

@@ -1,0 +1,1 @@
+"""The bundled emoji model: its data step, its training and its evaluation."""

@@ -1,0 +1,1 @@
+"""The graph runtime: requests, schedules, noise, captured graphs, backends and the engine that runs them."""

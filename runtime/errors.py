@@ -1,0 +1,58 @@
+"""Every error a caller can meet, by kind. All derive from `HeatsinkError`.
+
+`exit_code` is what the command line returns: 2 for the caller's mistakes, 1 for everything else.
+"""
+
+from __future__ import annotations
+
+
+class HeatsinkError(Exception):
+    """The base of this package's errors."""
+
+    exit_code = 1
+
+
+class CallerError(HeatsinkError):
+    """Something the caller gave is wrong; nothing was started or written."""
+
+    exit_code = 2
+
+
+class InvalidRequest(CallerError, ValueError):
+    """A request's field is out of range or contradicts another."""
+
+
+class ModelError(CallerError):
+    """A model folder or checkpoint is missing, incomplete, damaged or of an unknown kind."""
+
+
+class UnsafeFile(ModelError):
+    """A file that can run code when it is loaded (pickle); only safetensors are read."""
+
+
+class AdapterError(CallerError):
+    """An adapter file can't be applied whole; `refused` maps each key to its reason."""
+
+    def __init__(self, message: str, refused: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.refused = refused or {}
+
+
+class EngineMismatch(CallerError):
+    """An engine folder is of another version, damaged, or answers otherwise than when it was built."""
+
+
+class NotBuilt(CallerError):
+    """The engine was built without what is asked of it, or this version can't build it yet."""
+
+
+class MissingDependency(CallerError):
+    """An optional library is needed; the message says what to install."""
+
+
+class NumericError(HeatsinkError):
+    """Weights or results hold NaN or infinity where they must not; names the node or tensor."""
+
+
+class ResourceError(HeatsinkError):
+    """The machine ran out of disk, memory or device memory."""
