@@ -98,6 +98,6 @@ $(DEPENDENCIES):
 # Into the environment that the lock made: nothing is resolved or downloaded here.
 $(READY): $(DEPENDENCIES)
 	@echo "Installing heatsink itself (the C++ extension where a compiler is; without one PyTorch does its work) ..."
+	@rm -f heatsink/_C*.so $(VENV)/.ready-*
 	$(BIN)/python -m pip install --no-build-isolation --no-deps -e .
-	@rm -f $(VENV)/.ready-*
 	@touch $@
