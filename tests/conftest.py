@@ -1,0 +1,190 @@
+"""Tiny random models in diffusers layout, made once a session; tests copy what they change."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TOKENS = 16
+EOS_ID = 513
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """A seed that comes from the test's own name."""
+    return zlib.crc32(request.node.name.encode())
+
+
+@pytest.fixture(scope="session")
+def tiny_sd1(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An SD1 pipeline's folder, under 4 MB: 64x64 pixels, 8x8 latents. Don't change it."""
+    return write_tiny_sd1(tmp_path_factory.mktemp("models") / "tiny-sd1")
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An SDXL pipeline's folder, about 7 MB: two text encoders. Don't change it."""
+    return write_tiny_sdxl(tmp_path_factory.mktemp("models") / "tiny-sdxl")
+
+
+@pytest.fixture
+def copy_model(tmp_path: Path) -> Callable[[Path], Path]:
+    """Copies a model folder, for tests that damage or change it."""
+
+    def copy(folder: Path) -> Path:
+        return Path(shutil.copytree(folder, tmp_path / folder.name))
+
+    return copy
+
+
+def write_tiny_sd1(folder: Path) -> Path:
+    """Write a tiny pipeline of the SD1 kind with random weights and return its folder."""
+    import torch
+    from diffusers import (
+        AutoencoderKL,
+        PNDMScheduler,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextModel
+
+    torch.manual_seed(1)
+    unet = UNet2DConditionModel(
+        **_UNET,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=4,
+        cross_attention_dim=32,
+    )
+    parts = {
+        "unet": unet,
+        "vae": AutoencoderKL(**_VAE, scaling_factor=0.18215),
+        "text_encoder": CLIPTextModel(_text_config(hidden_size=32, intermediate_size=64)),
+        "tokenizer": _tokenizer(folder.parent / "tokenizer", "<|endoftext|>"),
+        "scheduler": PNDMScheduler(**_SCHEDULE, set_alpha_to_one=False, skip_prk_steps=True),
+    }
+    pipeline = StableDiffusionPipeline(
+        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
+    return _save(pipeline, folder)
+
+
+def write_tiny_sdxl(folder: Path) -> Path:
+    """Write a tiny pipeline of the SDXL kind with random weights and return its folder."""
+    import torch
+    from diffusers import (
+        AutoencoderKL,
+        EulerDiscreteScheduler,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(2)
+    unet = UNet2DConditionModel(
+        **_UNET,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(4, 8),
+        cross_attention_dim=32 + 48,
+        transformer_layers_per_block=(1, 2),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 24,
+    )
+    second = _text_config(
+        hidden_size=48, intermediate_size=96, hidden_act="gelu", projection_dim=24
+    )
+    parts = {
+        "unet": unet,
+        "vae": AutoencoderKL(**_VAE, scaling_factor=0.13025),
+        "text_encoder": CLIPTextModel(_text_config(hidden_size=32, intermediate_size=64)),
+        "text_encoder_2": CLIPTextModelWithProjection(second),
+        "tokenizer": _tokenizer(folder.parent / "tokenizer", "<|endoftext|>"),
+        "tokenizer_2": _tokenizer(folder.parent / "tokenizer_2", "!"),
+        "scheduler": EulerDiscreteScheduler(**_SCHEDULE, timestep_spacing="leading"),
+    }
+    return _save(StableDiffusionXLPipeline(**parts, add_watermarker=False), folder)
+
+
+_UNET: dict[str, Any] = {
+    "sample_size": 8,
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+}
+_VAE: dict[str, Any] = {
+    "block_out_channels": (8, 8, 16, 16),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "sample_size": 64,
+}
+_SCHEDULE: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+}
+
+
+def _text_config(**changes: Any) -> Any:
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        **{"projection_dim": 32, **changes},
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        vocab_size=EOS_ID + 1,
+        max_position_embeddings=TOKENS,
+        bos_token_id=EOS_ID - 1,
+        eos_token_id=EOS_ID,
+        pad_token_id=EOS_ID,
+    )
+
+
+def _tokenizer(folder: Path, pad_token: str) -> Any:
+    """CLIP's tokenizer with no merges: a token for each byte, alone and at a word's end."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer
+
+    characters = sorted(ByteLevel.alphabet())
+    tokens = [*characters, *(c + "</w>" for c in characters), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(
+        str(folder / "vocab.json"),
+        str(folder / "merges.txt"),
+        bos_token=tokens[-2],
+        eos_token=tokens[-1],
+        unk_token=tokens[-1],
+        pad_token=pad_token,
+        model_max_length=TOKENS,
+    )
+
+
+def _save(pipeline: Any, folder: Path) -> Path:
+    import torch
+
+    for module in pipeline.components.values():
+        if isinstance(module, torch.nn.Module):
+            with torch.no_grad():
+                # No two tensors may be equal (norms are all ones else): a swap of names must show.
+                for parameter in module.parameters():
+                    parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    # CLIPTokenizer writes tokenizer.json alone in some versions; both layouts must be there.
+    for tokenizer in folder.glob("tokenizer*"):
+        for name in ("vocab.json", "merges.txt"):
+            if not (tokenizer / name).exists():
+                shutil.copy(folder.parent / tokenizer.name / name, tokenizer / name)
+    return folder
