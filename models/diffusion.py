@@ -20,6 +20,7 @@ from heatsink.models import data, loop, networks
 from heatsink.models.autoencoder import to_tensor
 
 BATCH = 32
+RANK = 16
 CAPTION_DROP = 0.1
 LORA_TARGETS = [
     "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
@@ -130,7 +131,7 @@ def train_base(
 
 def train_lora(
     brand: str, icons: data.Icons, vae: Any, bundle: Bundle, folder: Path, steps: int, seconds: float | None,
-    sample: Callable[[str], None] | None, rank: int = 16,
+    sample: Callable[[str], None] | None, rank: int = RANK,
 ) -> None:  # fmt: skip
     """Train a rank-`rank` LoRA of the UNet on the brand's pictures, but for the subjects held out of it."""
     from peft import LoraConfig

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from heatsink.models import data
+from heatsink.models import data, diffusion, sampling
 
 
 def all_captions(icons: data.Icons) -> list[str]:
@@ -30,6 +33,45 @@ def save_lora(unet: Any, brand: str, path: Path) -> None:
     )
 
 
-def export(work: Path, icons: data.Icons, out: Path) -> None:
-    """Assemble `out` from the checkpoints under `work`, everything in fp16 safetensors."""
-    raise NotImplementedError(out, work, icons, nn)
+def to_kohya(state: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """A diffusers UNet adapter's tensors under kohya's names, with `alpha` equal to the rank."""
+    out: dict[str, Tensor] = {}
+    for key, value in state.items():
+        module, part = key.removeprefix("unet.").rsplit(".lora_", 1)
+        name = "lora_unet_" + module.replace(".", "_")
+        half = {"A.weight": "lora_down.weight", "B.weight": "lora_up.weight"}[part]
+        out[f"{name}.{half}"] = value
+        out[f"{name}.alpha"] = torch.tensor(float(rank))
+    return out
+
+
+def export(work: Path, out: Path) -> None:
+    """Assemble `out` from the checkpoints under `work`, everything in fp16 safetensors.
+
+    The folder is written under a temporary name and renamed when it is whole.
+    """
+    from diffusers import AutoencoderKL, ControlNetModel
+
+    bundle = diffusion.Bundle.new(work / "tokenizer", "cpu")
+    bundle.unet.load_state_dict(torch.load(work / "unet.pt", weights_only=True))
+    bundle.text_encoder.load_state_dict(torch.load(work / "text.pt", weights_only=True))
+    vae = AutoencoderKL.from_pretrained(work / "vae-final")
+    temporary = out.with_name(out.name + ".partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    pipe = sampling.pipeline(vae, bundle)
+    pipe.to(torch.float16).save_pretrained(temporary, safe_serialization=True)
+    if (work / "controlnet").exists():
+        ControlNetModel.from_pretrained(work / "controlnet").half().save_pretrained(temporary / "controlnet")
+    adapters = temporary / "adapters"
+    adapters.mkdir()
+    for brand in data.BRANDS:
+        if (work / f"{brand}.safetensors").exists():
+            shutil.copyfile(work / f"{brand}.safetensors", adapters / f"{brand}.safetensors")
+    if (adapters / "noto.safetensors").exists():
+        state = load_file(adapters / "noto.safetensors")
+        save_file(to_kohya(state, diffusion.RANK), adapters / "noto-kohya.safetensors")
+    for kept in ("README.md", "evaluation.json"):
+        if (out / kept).exists():
+            shutil.copyfile(out / kept, temporary / kept)
+    shutil.rmtree(out, ignore_errors=True)
+    temporary.rename(out)

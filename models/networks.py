@@ -31,11 +31,11 @@ UNET: dict[str, Any] = {
     "out_channels": LATENT_CHANNELS,
     "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
     "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
-    "block_out_channels": [96, 160, 224],
-    "layers_per_block": 2,
+    "block_out_channels": [64, 128, 192],
+    "layers_per_block": 1,
     "cross_attention_dim": TEXT_WIDTH,
     # Despite its name diffusers reads this as the number of heads: 32 channels a head.
-    "attention_head_dim": [3, 5, 7],
+    "attention_head_dim": [2, 4, 6],
     "norm_num_groups": 16,
 }
 TEXT: dict[str, Any] = {

@@ -131,7 +131,7 @@ def main(
     if everything or stage == "controlnet":
         train_controlnet(run)
     if everything or stage == "export":
-        export_model.export(run.work, run.icons, out)
+        export_model.export(run.work, out)
 
 
 if __name__ == "__main__":

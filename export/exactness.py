@@ -1,0 +1,127 @@
+"""Measures in which batch sizes a component gives a row the same bits, and records a known answer.
+
+Library kernels choose their blocking by the whole problem, so a row's bits may change with the batch. A seeded
+probe is run in every bucket, each row at two places with different neighbours; the buckets that agree in every
+bit of every row form a class, and an engine runs one class only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+
+from heatsink.export.manifest import KnownAnswer, TensorSpec
+from heatsink.kernels.fingerprint import fingerprint
+from heatsink.runtime.backends.session import Array, Session
+from heatsink.runtime.errors import EngineMismatch, NumericError
+
+PROBE_SEED = 20_260_101
+
+
+def bucket_sizes(largest: int) -> list[int]:
+    """Powers of two up to `largest`, and `largest` itself."""
+    sizes = [1 << k for k in range(largest.bit_length()) if 1 << k <= largest]
+    return sizes if sizes[-1] == largest else [*sizes, largest]
+
+
+def probe(inputs: list[TensorSpec], rows: int, seed: int) -> dict[str, Array]:
+    """`rows` different rows of seeded values for the inputs; row r does not depend on how many there are.
+
+    All dimensions but the first are those of the engine: a later one that is symbolic is not built yet.
+
+    Floats are standard normal (timesteps: whole numbers below 1000), integers are below 256.
+    """
+    out: dict[str, Array] = {}
+    for position, spec in enumerate(inputs):
+        shape = [int(size) for size in spec.shape[1:]]
+        values = []
+        for row in range(rows):
+            rng = np.random.Generator(np.random.Philox(key=[seed, position * 65_536 + row]))
+            if spec.dtype == "int64":
+                values.append(rng.integers(0, 256, shape))
+            elif spec.name == "timestep":
+                values.append(np.float32(rng.integers(0, 1000)))
+            else:
+                values.append(rng.standard_normal(shape).astype(spec.dtype))
+        out[spec.name] = np.stack(values)
+    return out
+
+
+def row_answers(outputs: Mapping[str, Array]) -> list[str]:
+    """One 64-bit hexadecimal fingerprint a row: the sum of the outputs' fingerprints."""
+    total: Array | None = None
+    for name in sorted(outputs):
+        result = fingerprint(torch.from_numpy(np.ascontiguousarray(outputs[name])))
+        if int(result.nonfinite.sum()):
+            raise NumericError(f"output {name!r} holds {int(result.nonfinite.sum())} non-finite values")
+        digest = result.digest.numpy().view(np.uint64)
+        total = digest if total is None else total + digest
+    assert total is not None
+    return [f"{int(value):016x}" for value in total]
+
+
+def _answers_in(session: Session, values: Mapping[str, Array], bucket: int, turn: int) -> list[str]:
+    """Answers of rows 0 to `bucket` - 1, run at once in an order rotated by `turn`."""
+    order = np.roll(np.arange(bucket), turn)
+    found = row_answers(session.run({name: value[order] for name, value in values.items()}))
+    answers = [""] * bucket
+    for place, row in enumerate(order):
+        answers[row] = found[place]
+    return answers
+
+
+def measure(
+    session: Session,
+    inputs: list[TensorSpec],
+    largest: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> KnownAnswer:
+    """The largest class of buckets (ties: the one with the larger bucket) and its known answers.
+
+    Raises:
+        EngineMismatch: no batch size gives a row the same bits at two places.
+    """
+    values = probe(inputs, largest, PROBE_SEED)
+    sizes = bucket_sizes(largest)
+    found: dict[int, list[str]] = {}
+    for done, bucket in enumerate(sizes):
+        answers = _answers_in(session, values, bucket, 0)
+        if bucket == 1 or answers == _answers_in(session, values, bucket, bucket // 2):
+            found[bucket] = answers
+        if progress:
+            progress(done + 1, len(sizes))
+    if not found:
+        raise EngineMismatch(
+            f"{session.name}: no batch size up to {largest} gives a row the same bits at another place; "
+            "build with --fast to do without exactness"
+        )
+    # Two buckets agree where their common rows do; agreement with the larger one makes a class.
+    classes = [
+        [b for b in found if b <= top and found[b] == found[top][:b]] for top in sorted(found)
+    ]
+    buckets = max(classes, key=lambda members: (len(members), max(members)))
+    return KnownAnswer(
+        buckets=buckets,
+        refused=[b for b in sizes if b not in buckets],
+        probe_seed=PROBE_SEED,
+        answers=found[max(buckets)],
+    )
+
+
+def check(session: Session, inputs: list[TensorSpec], known: KnownAnswer, bucket: int) -> None:
+    """Run the known answer's first `bucket` rows and compare.
+
+    Raises:
+        EngineMismatch: this machine or library gives other bits than the one that built the engine.
+    """
+    values = probe(inputs, bucket, known.probe_seed)
+    found = row_answers(session.run(values))
+    wrong = [row for row in range(bucket) if found[row] != known.answers[row]]
+    if wrong:
+        raise EngineMismatch(
+            f"{session.name}: batch {bucket} does not give the known answer here (rows {wrong[:8]}); "
+            "results would not be the ones this engine was built for. Build it again on this machine "
+            "with `heatsink build MODEL -o ENGINE`"
+        )

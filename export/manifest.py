@@ -1,0 +1,210 @@
+"""The versioned description of an engine folder: `manifest.json`.
+
+Every later capability fills a section that is already here; fields are added, never renamed. A reader refuses a
+manifest of another `schema_version` (the number changes only where an old engine can no longer be run).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from heatsink.runtime.digest import canonical_json, sha256_bytes
+from heatsink.runtime.errors import EngineMismatch
+
+SCHEMA_VERSION = 1
+FILE_NAME = "manifest.json"
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Backend = Literal["torch", "onnxruntime", "tensorrt", "tensorrt-rtx"]
+Precision = Literal["fp32", "bf16", "fp16", "fp8"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Artefact(_Section):
+    """A file of the engine folder."""
+
+    path: str
+    sha256: Sha256
+    bytes: int = Field(ge=0)
+
+
+class TensorSpec(_Section):
+    """A named input or output; a string in `shape` is a symbolic dimension."""
+
+    name: str
+    dtype: str
+    shape: list[int | str]
+
+
+class Range(_Section):
+    """Smallest, best served and largest value of a dimension."""
+
+    min: int = Field(ge=1)
+    opt: int = Field(ge=1)
+    max: int = Field(ge=1)
+
+
+class Source(_Section):
+    """The model that the engine was built from."""
+
+    name: str
+    kind: str
+    digests: dict[str, Sha256]
+    scheduler: dict[str, Any]
+    text_encoders: list[str]
+    tokenizers: list[str]
+    added_conditions: list[str] = []
+    latent_channels: int
+    vae_factor: int
+    default_size: tuple[int, int]
+    force_zeros_for_empty_prompt: bool = False
+
+
+class Parity(_Section):
+    """The component's error against PyTorch in float32 on one probe batch, and what was allowed."""
+
+    max_abs: float
+    reference_max_abs: float
+    relative: float
+    allowed: float
+
+
+class Component(_Section):
+    """One network: its files, its interface, and where each of its initialisers came from.
+
+    `origins` is the JSON file `{initialiser: [[parameter, slice, transform], ...]}`; `build_key` digests all
+    that decided the files, so that an equal component need not be built again.
+    """
+
+    artefacts: list[Artefact]
+    graph: str
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    precision: Precision
+    opset: int | None = None
+    parameters: int
+    origins: str
+    source_digest: Sha256
+    build_key: Sha256
+    parity: Parity
+
+
+class Shapes(_Section):
+    """What the engine was built for: rows of a UNet batch, height and width in pixels."""
+
+    batch: Range
+    height: Range
+    width: Range
+
+
+class Ports(_Section):
+    """Inputs for what a request brings along; zero slots: none were built."""
+
+    adapter_slots: int = 0
+    adapter_rank: int = 0
+    controlnet: bool = False
+
+
+class FusedAdapter(_Section):
+    """An adapter merged into the weights at build time."""
+
+    name: str
+    sha256: Sha256
+    scale: float
+    keys: int
+
+
+class KnownAnswer(_Section):
+    """Which batch sizes give a row the same bits, and the fingerprints of a seeded probe's rows.
+
+    `buckets` are the batch sizes that the engine may run; `answers[r]` is the 64-bit fingerprint (hex) of row
+    `r` of the probe, whichever of the buckets ran it. `refused` are those that answered otherwise.
+    """
+
+    buckets: list[int]
+    refused: list[int] = []
+    probe_seed: int
+    answers: list[str]
+
+
+class Exactness(_Section):
+    """Strict engines run a component only in the batch sizes that agree bit by bit."""
+
+    mode: Literal["strict", "fast"]
+    components: dict[str, KnownAnswer]
+
+
+class Preflight(_Section):
+    """Predicted and measured cost of building a component."""
+
+    host_bytes_predicted: int | None = None
+    host_bytes_measured: int | None = None
+    disk_bytes_predicted: int | None = None
+    disk_bytes_measured: int | None = None
+    seconds_predicted: float | None = None
+    seconds_measured: float | None = None
+
+
+class Manifest(_Section):
+    """Everything a runtime must know of an engine folder before it opens a single artefact."""
+
+    schema_version: int = SCHEMA_VERSION
+    heatsink_version: str
+    backend: Backend
+    libraries: dict[str, str]
+    device: str
+    source: Source
+    shapes: Shapes
+    components: dict[str, Component]
+    files: list[Artefact] = []
+    precisions: dict[str, Precision]
+    ports: Ports = Ports()
+    adapters: list[FusedAdapter] = []
+    exactness: Exactness
+    preflight: dict[str, Preflight] = {}
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON: what a receipt names as the engine."""
+        return sha256_bytes(canonical_json(self.model_dump(mode="json")))
+
+    def artefacts(self) -> list[Artefact]:
+        """All files that the manifest vouches for."""
+        return [*self.files, *(a for c in self.components.values() for a in c.artefacts)]
+
+    def write(self, folder: Path) -> None:
+        """Write `folder/manifest.json`."""
+        text = json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True)
+        (folder / FILE_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check `folder/manifest.json`.
+
+    Raises:
+        EngineMismatch: there is none, it is not JSON, of another schema version, or does not fit the schema.
+    """
+    path = folder / FILE_NAME
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise EngineMismatch(f"{folder} is not an engine folder: it holds no {FILE_NAME}") from None
+    except (NotADirectoryError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise EngineMismatch(f"{path} is damaged: {error}") from None
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if version != SCHEMA_VERSION:
+        raise EngineMismatch(
+            f"{path} has schema version {version!r}, this Heatsink reads {SCHEMA_VERSION}; "
+            "build the engine again with `heatsink build MODEL -o ENGINE`"
+        )
+    try:
+        return Manifest.model_validate(raw)
+    except ValidationError as error:
+        raise EngineMismatch(f"{path} does not fit the manifest's schema: {error}") from None

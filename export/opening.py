@@ -1,0 +1,139 @@
+"""Opens an engine folder: checks what it says of itself, then hands it to the runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from heatsink.export import exactness
+from heatsink.export.manifest import Component, KnownAnswer, Manifest, read_manifest
+from heatsink.runtime.backends.onnxruntime import OnnxRuntimeSession
+from heatsink.runtime.backends.session import Array, Session
+from heatsink.runtime.buckets import run_rows
+from heatsink.runtime.digest import sha256_file
+from heatsink.runtime.engine import Engine, EngineSpec
+from heatsink.runtime.errors import EngineMismatch, NotBuilt
+from heatsink.runtime.schedule import ScheduleConfig
+from heatsink.runtime.text import Tokenizer
+
+REBUILD = "build it again with `heatsink build MODEL -o ENGINE`"
+
+
+class OpenComponent:
+    """A component that runs any number of rows in the buckets its known answer vouches for.
+
+    A bucket is checked against the known answer before its first use; until then it is not trusted.
+    """
+
+    def __init__(
+        self, session: Session, component: Component, known: KnownAnswer
+    ) -> None:
+        self._session, self._component, self._known = session, component, known
+        self._checked: set[int] = set()
+
+    def check(self, bucket: int) -> None:
+        """Run the known answer in this bucket, once.
+
+        Raises:
+            EngineMismatch: the answer differs from the one at build time.
+        """
+        if bucket not in self._checked and self._known.answers:
+            exactness.check(self._session, self._component.inputs, self._known, bucket)
+        self._checked.add(bucket)
+
+    def check_first(self) -> None:
+        """Check the smallest bucket."""
+        self.check(min(self._known.buckets))
+
+    def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        return run_rows(self._session, inputs, self._known.buckets, before=self.check)
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Compare every file that the manifest vouches for, by size and SHA-256.
+
+    Raises:
+        EngineMismatch: names the first file that is missing or differs.
+    """
+    for artefact in manifest.artefacts():
+        path = folder / artefact.path
+        if not path.is_file():
+            raise EngineMismatch(f"{folder} is incomplete: {artefact.path} is missing; {REBUILD}")
+        size = path.stat().st_size
+        if size != artefact.bytes:
+            raise EngineMismatch(
+                f"{folder} is damaged: {artefact.path} has {size} bytes, the manifest says "
+                f"{artefact.bytes}; {REBUILD}"
+            )
+        if sha256_file(path) != artefact.sha256:
+            raise EngineMismatch(
+                f"{folder} is damaged: {artefact.path} has another SHA-256 than the manifest says; "
+                f"{REBUILD}"
+            )
+
+
+def open_session(manifest: Manifest, folder: Path, name: str, *, threads: int = 0) -> Session:
+    """Open one component through the manifest's backend.
+
+    Raises:
+        NotBuilt: this version can't run that backend.
+    """
+    if manifest.backend != "onnxruntime":
+        raise NotBuilt(f"{folder}: engines of the backend {manifest.backend!r} can't be opened yet")
+    return OnnxRuntimeSession(name, folder / manifest.components[name].graph, threads=threads)
+
+
+def describe(folder: Path, manifest: Manifest) -> EngineSpec:
+    """What the runtime must know of the engine besides its components."""
+    source, shapes = manifest.source, manifest.shapes
+    return EngineSpec(
+        name=source.name,
+        digest=manifest.digest,
+        text_encoders=source.text_encoders,
+        tokenizers=[Tokenizer(folder / path) for path in source.tokenizers],
+        schedule=ScheduleConfig.from_diffusers(source.scheduler),
+        latent_channels=source.latent_channels,
+        vae_factor=source.vae_factor,
+        default_size=source.default_size,
+        heights=(shapes.height.min, shapes.height.max),
+        widths=(shapes.width.min, shapes.width.max),
+        zero_empty_negative=source.force_zeros_for_empty_prompt,
+        adapters={adapter.name: adapter.scale for adapter in manifest.adapters},
+    )
+
+
+def open_engine(
+    folder: str | Path,
+    *,
+    threads: int = 0,
+    verify: bool = True,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Engine:
+    """Open an engine folder.
+
+    Args:
+        folder: as `heatsink build` wrote it.
+        threads: of the CPU backend; 0 lets it choose.
+        verify: compare every file with the manifest first. The known answers are always checked.
+        progress: called with (component, components opened, components in all).
+
+    Raises:
+        EngineMismatch: no engine folder, another version, a damaged file, or other answers than when it was
+            built (another library or processor).
+        NotBuilt: its backend can't be opened by this version.
+        MissingDependency: the backend's library is not installed.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    if verify:
+        check_files(folder, manifest)
+    components: dict[str, OpenComponent] = {}
+    for done, (name, component) in enumerate(manifest.components.items()):
+        session = open_session(manifest, folder, name, threads=threads)
+        known = manifest.exactness.components[name]
+        opened = OpenComponent(session, component, known)
+        opened.check_first()
+        components[name] = opened
+        if progress:
+            progress(name, done + 1, len(manifest.components))
+    return Engine(describe(folder, manifest), components)

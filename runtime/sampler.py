@@ -1,0 +1,129 @@
+"""The denoising loop: rows of different requests, each at its own step of its own schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from heatsink.runtime import noise
+from heatsink.runtime.backends.session import Array
+from heatsink.runtime.errors import NumericError
+from heatsink.runtime.schedule import (
+    Schedule,
+    apply_guidance,
+    apply_start,
+    apply_step,
+    coefficients,
+    scale_input,
+    start_scales,
+)
+
+RunRows = Callable[[dict[str, Array]], Array]
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class Job:
+    """One request on its way.
+
+    Attributes:
+        name: how messages call it.
+        seed: of its noise.
+        guidance: scale of its guidance; used where it has two rows.
+        schedule: its steps.
+        conditions: the UNet's inputs besides sample and timestep, one mapping a row: the negative prompt's
+            first where there are two.
+        latents: float32 `(C, h, w)`; the result once `done`.
+        x0: float32 `(C, h, w)`, the prediction of the step before.
+        step: the next step to run.
+    """
+
+    name: str
+    seed: int
+    guidance: float
+    schedule: Schedule
+    conditions: list[dict[str, Array]]
+    latents: Tensor
+    x0: Tensor
+    step: int = 0
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps have been run."""
+        return self.step >= len(self.schedule)
+
+
+def new_job(
+    name: str,
+    seed: int,
+    guidance: float,
+    schedule: Schedule,
+    conditions: list[dict[str, Array]],
+    shape: tuple[int, int, int],
+    image: Tensor | None,
+) -> Job:
+    """A job before its first step: scaled noise, or noise over the encoded `image` of that shape."""
+    fresh = noise.normal(seed, noise.INITIAL, 0, shape)[None]
+    start = apply_start(fresh, None if image is None else image[None], start_scales([schedule]))
+    return Job(name, seed, guidance, schedule, conditions, start[0], torch.zeros(shape))
+
+
+def denoise(jobs: Sequence[Job], run_rows: RunRows, progress: Progress | None = None) -> None:
+    """Run all jobs to their end; every step batches the rows of all that are not done.
+
+    Args:
+        jobs: changed in place.
+        run_rows: the UNet: named arrays of rows in, the output's rows out; a row's bits must not depend on
+            the others.
+        progress: called with the row-steps done and those in all.
+
+    Raises:
+        NumericError: the UNet gave a non-finite value; names the request and the step.
+    """
+    total = sum((len(job.schedule) - job.step) * len(job.conditions) for job in jobs)
+    done = 0
+    while active := [job for job in jobs if not job.done]:
+        done += _step(active, run_rows)
+        if progress:
+            progress(done, total)
+
+
+def _step(active: list[Job], run_rows: RunRows) -> int:
+    """One step of every active job; returns the number of rows that were run."""
+    table = coefficients([(job.schedule, job.step) for job in active])
+    latents = torch.stack([job.latents for job in active])
+    owner = np.repeat(np.arange(len(active)), [len(job.conditions) for job in active])
+    conditions = [condition for job in active for condition in job.conditions]
+    inputs: dict[str, Array] = {
+        "sample": scale_input(latents, table).numpy()[owner],
+        "timestep": table[:, 0].numpy()[owner],
+    }
+    for name in conditions[0]:
+        inputs[name] = np.stack([condition[name] for condition in conditions])
+    out = _guided(active, torch.from_numpy(run_rows(inputs)))
+    fresh = None
+    if any(job.schedule.needs_noise(job.step) for job in active):
+        shape = tuple(latents.shape[1:])
+        fresh = torch.stack([noise.normal(job.seed, noise.STEP, job.step, shape) for job in active])
+    history = torch.stack([job.x0 for job in active])
+    following, x0 = apply_step(latents, out, history, fresh, table)
+    for place, job in enumerate(active):
+        job.latents, job.x0 = following[place], x0[place]
+        job.step += 1
+    return len(conditions)
+
+
+def _guided(active: list[Job], out: Tensor) -> Tensor:
+    """The UNet's rows combined to one a job, checked to be finite."""
+    combined, place = [], 0
+    for job in active:
+        rows = out[place : place + len(job.conditions)]
+        place += len(job.conditions)
+        if not bool(torch.isfinite(rows).all()):
+            raise NumericError(f"{job.name}: unet gave a non-finite value at step {job.step}")
+        combined.append(rows[0] if len(rows) == 1 else apply_guidance(rows[0], rows[1], job.guidance))
+    return torch.stack(combined)
