@@ -115,18 +115,19 @@ def signal_shares(config: ScheduleConfig, default: tuple[str, float, float]) -> 
     end = default[2] if config.beta_end is None else config.beta_end
     if config.trained_betas is not None:
         betas: Array = np.asarray(config.trained_betas, dtype=np.float64)
-        if betas.shape != (steps,) or not ((betas > 0) & (betas < 1)).all():
+        outside = int(np.count_nonzero(~((betas > 0) & (betas < 1))))
+        if betas.size != steps or outside:
             raise ModelError(
                 f"scheduler configuration: trained_betas: expected {steps} numbers above 0 and "
-                f"below 1, got {betas.size} from {betas.min()} to {betas.max()}"
+                f"below 1, got {betas.size}, {outside} of them outside"
             )
     elif kind == "linear":
         betas = np.linspace(start, end, steps)
     elif kind == "scaled_linear":
-        betas = np.linspace(math.sqrt(start), math.sqrt(end), steps) ** 2
+        betas = np.square(np.linspace(math.sqrt(start), math.sqrt(end), steps))
     else:
         betas = _cosine_betas(steps)
-    shares: Array = np.cumprod(1.0 - betas)
+    shares: Array = np.cumprod(1.0 - betas, dtype=np.float64)
     if config.rescale_betas_zero_snr:
         shares = _zero_terminal(shares)
     shares.setflags(write=False)
