@@ -60,6 +60,7 @@ def read_adapter(path: str | Path, target: Model | Targets) -> list[AdapterDelta
         keys = groups.setdefault((component, module), {})
         if role in keys:
             refused[key] = f"the same target as {keys[role]}"
+            refused[keys[role]] = f"the same target as {key}"
         keys.setdefault(role, key)
     configs = _peft_configs(path, entries, metadata)
     deltas = []

@@ -60,9 +60,11 @@ def write_adapter(
 def _save(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
     from safetensors.torch import save_file
 
+    # Copies, for trained parameters on any device and for matrices that two modules share.
+    owned = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
     temporary = path.with_name(path.name + ".tmp")
     try:
-        save_file(tensors, temporary, metadata=header)
+        save_file(owned, temporary, metadata=header)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -70,14 +72,14 @@ def _save(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> Non
 
 def _up_of(delta: AdapterDelta) -> Tensor:
     shape = (*delta.b.shape, *(1,) * (delta.a.dim() - 2))
-    return delta.b.reshape(shape).contiguous()
+    return delta.b.reshape(shape)
 
 
 def _diffusers_tensors(deltas: list[AdapterDelta]) -> dict[str, Tensor]:
     tensors = {}
     for delta in deltas:
         module = f"{delta.component}.{file_path(delta.component, delta.module_path)}"
-        tensors[f"{module}.lora_A.weight"] = delta.a.contiguous()
+        tensors[f"{module}.lora_A.weight"] = delta.a
         tensors[f"{module}.lora_B.weight"] = _up_of(delta)
     return tensors
 
@@ -111,7 +113,7 @@ def _kohya_tensors(deltas: list[AdapterDelta]) -> dict[str, Tensor]:
     for delta in deltas:
         path = file_path(delta.component, delta.module_path).replace(".", "_")
         module = f"{prefixes[delta.component]}{path}"
-        tensors[f"{module}.lora_down.weight"] = delta.a.contiguous()
+        tensors[f"{module}.lora_down.weight"] = delta.a
         tensors[f"{module}.lora_up.weight"] = _up_of(delta)
         tensors[f"{module}.alpha"] = torch.tensor(delta.scale * delta.rank, dtype=torch.float32)
     return tensors
