@@ -1,0 +1,180 @@
+"""`make demo`: the bundled model's engines, a contact sheet of four styles, a measured comparison."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from heatsink import console
+from heatsink.runtime.errors import HeatsinkError, ModelError
+
+if TYPE_CHECKING:
+    from heatsink.comparison import Comparison
+
+PROMPTS = (
+    "a red apple", "a penguin", "a sunflower", "a hamburger", "a tiger face", "a butterfly",
+    "a sailboat", "a rocket", "a grinning face", "a mushroom", "an octopus", "a guitar",
+)  # fmt: skip
+STYLES = {"flat": None, "fluent": "fluent", "noto": "noto", "twemoji": "twemoji"}
+STEPS, GUIDANCE = 20, 4.0
+ZOOM = 1.5
+
+
+def find_model() -> Path:
+    """The bundled model, beside the package's sources or under the current folder."""
+    for root in (Path(__file__).resolve().parent.parent, Path.cwd()):
+        if (root / "models" / "emoji" / "model_index.json").is_file():
+            return root / "models" / "emoji"
+    raise ModelError("models/emoji is not here: run the demo from a checkout of the repository")
+
+
+def build_engines(model: Path, out: Path, progress: Any) -> dict[str, Path]:
+    """An engine for every style: the base, and one with each brand's LoRA fused; equal parts are shared."""
+    from heatsink.export.build import Options, build
+
+    engines: dict[str, Path] = {}
+    for done, (style, adapter) in enumerate(STYLES.items()):
+        progress("building engines", done, len(STYLES))
+        folder = out / "engines" / (f"emoji-{style}" if adapter else "emoji")
+        fuse = ((model / "adapters" / f"{adapter}.safetensors", 1.0),) if adapter else ()
+        build(model, folder, Options(fuse=fuse), reuse=list(engines.values()), progress=progress)
+        engines[style] = folder
+    progress("building engines", len(STYLES), len(STYLES))
+    return engines
+
+
+def contact_sheet(pictures: dict[str, Sequence[Any]], path: Path) -> None:
+    """Write rows of pictures, one row a style, with the prompts above and the styles beside them."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    first = next(iter(pictures.values()))
+    cell = round(first[0].width * ZOOM)
+    left, top, gap = 78, 26, 6
+    width = left + len(first) * (cell + gap)
+    sheet = Image.new("RGB", (width, top + len(pictures) * (cell + gap)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
+    for column, prompt in enumerate(PROMPTS):
+        name = prompt.split(" ", 1)[1]
+        x = left + column * (cell + gap) + cell / 2
+        draw.text((x, top / 2), name, fill="black", font=font, anchor="mm")
+    for row, (style, images) in enumerate(pictures.items()):
+        y = top + row * (cell + gap)
+        draw.text((8, y + cell / 2), style, fill="black", font=font, anchor="lm")
+        for column, image in enumerate(images):
+            big = image.resize((cell, cell), Image.Resampling.LANCZOS)
+            sheet.paste(big, (left + column * (cell + gap), y))
+    sheet.save(path)
+
+
+def plot(comparison: Comparison, path: Path) -> None:
+    """Draw device-seconds per image of both systems at every batch, with the range of the rounds."""
+    from matplotlib import ticker
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 2.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    colours = {"diffusers eager": "#9aa0a6", "heatsink (onnxruntime)": "#d9480f"}
+    rows = sorted(comparison.rows, key=lambda r: (-r.images, r.system), reverse=False)
+    for place, row in enumerate(rows):
+        spread = [[row.median - row.fastest], [row.slowest - row.median]]
+        axes.barh(place, row.median, xerr=spread, color=colours[row.system], height=0.7, capsize=3)
+        axes.text(row.slowest, place, f"  {row.median:.3f} s", va="center")
+    labels = [f"{row.system}, {row.images} at once" for row in rows]
+    axes.set_yticks(range(len(rows)), labels)
+    axes.set_xlabel("device-seconds per image (median; bars: fastest and slowest round)")
+    axes.set_xlim(0, max(row.slowest for row in rows) * 1.18)
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(6))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(
+        f"64x64, {comparison.steps} steps, guidance {comparison.guidance:g}, fp32, {comparison.threads} CPU threads",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=130)
+
+
+def table(comparison: Comparison) -> str:
+    """The comparison as a Markdown table."""
+    lines = [
+        "| system | images at once | device-seconds per image (median) | fastest to slowest |",
+        "|---|---|---|---|",
+    ]
+    for row in comparison.rows:
+        lines.append(
+            f"| {row.system} | {row.images} | {row.median:.4f} | {row.fastest:.4f} to {row.slowest:.4f} |"
+        )
+    counts = sorted({row.images for row in comparison.rows})
+    ratios = ", ".join(f"{comparison.speedup(n):.2f}x fewer at {n}" for n in counts)
+    lines += [
+        "",
+        f"Device-seconds against diffusers eager: {ratios}. The device is the CPU: {comparison.device}, "
+        f"{comparison.threads} threads. {comparison.steps} steps of DPM-Solver++(2M), guidance "
+        f"{comparison.guidance:g}, 64x64 pixels, fp32, medians of {comparison.rounds} interleaved rounds; "
+        f"diffusers in its faster layout here ({comparison.layout}). Both drew the same pictures "
+        f"({comparison.psnr:.0f} dB apart at worst).",
+    ]
+    return "\n".join(lines)
+
+
+def run(out: Path) -> None:
+    """The whole demo; writes under `out`."""
+    import heatsink
+    from heatsink.comparison import compare
+
+    say = console.console().print
+    begun = time.perf_counter()
+    model = find_model()
+    out.mkdir(parents=True, exist_ok=True)
+    say(f"[bold]1/3[/] engines of {model.name}: the base style, and each brand's LoRA fused")
+    with console.quiet_libraries(), console.bars() as progress:
+        engines = build_engines(model, out, progress)
+    say("[bold]2/3[/] contact sheet: 12 prompts in 4 styles")
+    opened = {}
+    pictures: dict[str, Sequence[Any]] = {}
+    with console.bars() as progress:
+        for style, folder in engines.items():
+            opened[style] = heatsink.load(folder)
+            result = opened[style].generate(
+                PROMPTS, seed=0, steps=STEPS, guidance=GUIDANCE,
+                progress=lambda stage, done, total, style=style: progress(f"{style}: {stage}", done, total),
+            )  # fmt: skip
+            pictures[style] = result.images
+    sheet = out / "contact_sheet.png"
+    contact_sheet(pictures, sheet)
+    say("[bold]3/3[/] device-seconds per image, against diffusers eager in the same run")
+    with console.quiet_libraries(), console.bars() as progress:
+        comparison = compare(opened["flat"], model, PROMPTS, steps=STEPS, guidance=GUIDANCE, progress=progress)
+    text = table(comparison)
+    (out / "comparison.md").write_text(text + "\n", encoding="utf-8")
+    (out / "comparison.json").write_text(json.dumps(comparison.as_dict(), indent=2) + "\n", encoding="utf-8")
+    plot(comparison, out / "comparison.png")
+    print(text)
+    say(
+        f"\nDone in {time.perf_counter() - begun:.0f} s. Written:\n"
+        f"  {sheet}  the contact sheet\n"
+        f"  {out / 'comparison.md'}, .json and .png  the measurement\n"
+        f"  {out / 'engines'}/  an engine for each style\n"
+        "Next:\n"
+        f'  .venv/bin/heatsink generate "a blue whale" --engine {engines["noto"]} --seed 7 -n 4 -o {out}/whales\n'
+        f"  .venv/bin/heatsink inspect {engines['flat']}\n"
+        "  .venv/bin/heatsink build PATH/TO/A/STABLE-DIFFUSION-1.5 -o out/engines/mine",
+        soft_wrap=True,
+    )
+
+
+def main() -> None:
+    """Run the demo under `out/`; errors are one line."""
+    try:
+        run(Path(sys.argv[1]) if len(sys.argv) > 1 else Path("out"))
+    except HeatsinkError as error:
+        print(f"heatsink demo: {type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()
