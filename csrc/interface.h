@@ -1,0 +1,15 @@
+#pragma once
+
+// Changes whenever an op's schema or meaning does; kernels/_native.py refuses any other number, so
+// that an extension left over from an older checkout is never used.
+#define HEATSINK_INTERFACE 1
+
+// A function marked so is compiled for the baseline and for AVX2 and chosen when the library is
+// loaded. Bits cannot differ: the code is integer or plain IEEE, and contraction is off.
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#define HEATSINK_CLONES __attribute__((target_clones("default", "avx2")))
+#else
+#define HEATSINK_CLONES
+#endif
+
+#define HEATSINK_INLINE inline __attribute__((always_inline))

@@ -1,0 +1,57 @@
+"""Loads the C++ extension `heatsink._C`, if there is one, and says which implementation is in use.
+
+Importing the extension gives this package's ops their C++ implementation on the CPU. Without it, or
+with `HEATSINK_NO_EXT=1` in the environment, the same ops run their PyTorch implementation and give
+the same bits.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import warnings
+
+INTERFACE = 1
+
+
+@functools.cache
+def load() -> str:
+    """Load the extension once.
+
+    Returns:
+        An empty string if it is in use, otherwise the reason why it is not.
+
+    Raises:
+        ImportError: if the extension was built from another version of the sources; its ops would
+            already have replaced this version's, so going on would be wrong.
+    """
+    if os.environ.get("HEATSINK_NO_EXT") == "1":
+        return "HEATSINK_NO_EXT=1 is set"
+    if importlib.util.find_spec("heatsink._C") is None:
+        return "it was not built (no compiler, or no PyTorch headers, at install)"
+    try:
+        module = importlib.import_module("heatsink._C")
+    except (ImportError, OSError) as error:
+        reason = f"it can't be loaded: {error}"
+        warnings.warn(f"heatsink's C++ extension is not used: {reason}", stacklevel=2)
+        return reason
+    found = getattr(module, "INTERFACE", None)
+    if found != INTERFACE:
+        raise ImportError(
+            f"heatsink._C: expected interface {INTERFACE}, got {found}: it was built from other "
+            "sources; install again (pip install --no-build-isolation -e .) or delete it"
+        )
+    return ""
+
+
+def available() -> bool:
+    """True if the C++ implementations are in use on the CPU."""
+    return load() == ""
+
+
+def describe() -> str:
+    """One line for logs and reports: which implementation the CPU ops run."""
+    reason = load()
+    return f"PyTorch ({reason})" if reason else "C++ (heatsink._C)"
