@@ -1,0 +1,188 @@
+"""Measures the bundled model: `python models/evaluate.py --work DIR --model models/emoji`.
+
+Reconstruction of held-out emoji by the autoencoder, and prompt fidelity: a classifier trained on real emoji
+of all styles says which subgroup and style a generated picture shows. Writes `evaluation.json` into the model
+folder, and `evaluation.png` under `--work`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import typer
+from heatsink.models import autoencoder, classifier, data, sampling
+from heatsink.models.train import SUBJECTS
+from rich.progress import track
+
+Bools = npt.NDArray[np.bool_]
+Pictures = npt.NDArray[np.uint8]
+STEPS, GUIDANCE, SEED = 20, 4.0, 1000
+
+
+def _prompts(icons: data.Icons, subjects: npt.NDArray[np.int64]) -> list[str]:
+    return [("an " if icons.names[i][0] in "aeiou" else "a ") + icons.names[i] for i in subjects]
+
+
+def _draw(pipe: Any, icons: data.Icons, subjects: npt.NDArray[np.int64], what: str) -> Pictures:
+    prompts = _prompts(icons, subjects)
+    parts = [
+        sampling.generate(pipe, prompts[start : start + 32], steps=STEPS, guidance=GUIDANCE, seed=SEED + start)
+        for start in track(range(0, len(prompts), 32), what)
+    ]
+    return np.concatenate(parts)
+
+
+def reconstruction(vae: Any, icons: data.Icons, device: str) -> dict[str, float]:
+    """Mean PSNR in dB over held-out emoji, in all and by style."""
+    _, held = autoencoder.split(icons)
+    out: dict[str, float] = {"emoji": len(held)}
+    values = []
+    for style in classifier.JUDGED_STYLES:
+        x = autoencoder.to_tensor(icons.pictures[held, data.STYLES.index(style)])
+        with torch.no_grad():
+            y = [vae.decode(vae.encode(part.to(device)).latent_dist.mean).sample.cpu() for part in x.split(64)]
+        psnr = autoencoder.psnr(torch.cat(y), x)
+        out[style] = round(float(psnr.mean()), 2)
+        values.append(psnr)
+    out["mean"] = round(float(torch.cat(values).mean()), 2)
+    return out
+
+
+class Judge:
+    """Scores pictures by the classifier."""
+
+    def __init__(self, model: classifier.Classifier, icons: data.Icons, device: str) -> None:
+        self.model, self.icons, self.device = model, icons, device
+        self.classes = classifier.classes(icons)
+
+    def score(self, pictures: Pictures, subjects: npt.NDArray[np.int64], style: str) -> dict[str, float]:
+        """Shares of pictures whose subgroup, and whose style, the classifier names right."""
+        groups, styles = classifier.judge(self.model, pictures, self.device)
+        wanted = np.array([self.classes.index(self.icons.subgroups[i]) for i in subjects])
+        return {
+            "pictures": len(subjects),
+            "subgroup": round(float((groups == wanted).mean()), 4),
+            "style": round(float((styles == classifier.JUDGED_STYLES.index(style)).mean()), 4),
+        }
+
+
+def chance(icons: data.Icons) -> dict[str, float]:
+    """What guessing the most frequent subgroup, or any style, scores."""
+    chosen = [icons.subgroups[i] for i in np.flatnonzero(icons.selected)]
+    most = max(chosen.count(name) for name in set(chosen)) / len(chosen)
+    return {"subgroup": round(most, 4), "style": 1 / len(classifier.JUDGED_STYLES)}
+
+
+def fidelity(model: Path, icons: data.Icons, judge: Judge, device: str) -> tuple[dict[str, Any], dict[str, Pictures]]:
+    """Scores of real and generated pictures for every style, seen and never seen in training."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32, local_files_only=True)
+    pipe = pipe.to(device)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    result: dict[str, Any] = {"chance": chance(icons)}
+    shown: dict[str, Pictures] = {}
+    for style in classifier.JUDGED_STYLES:
+        column, hidden = data.STYLES.index(style), classifier.hidden(icons, style)
+        groups = {"seen": icons.selected & ~hidden, "unseen": icons.selected & hidden}
+        if style == data.BASE_STYLE:
+            # The base is trained on all chosen subjects; the classifier alone never saw the hidden ones.
+            groups = {"seen": icons.selected}
+        else:
+            pipe.load_lora_weights(str(model / "adapters"), weight_name=f"{style}.safetensors")
+            rng = np.random.default_rng(0)
+            keep = np.zeros(len(icons.names), bool)
+            keep[rng.permutation(np.flatnonzero(groups["seen"]))[:96]] = True
+            groups["seen"] = keep
+        entry: dict[str, Any] = {}
+        real = np.flatnonzero(icons.selected & hidden)
+        entry["real, never seen by the judge"] = judge.score(icons.pictures[real, column], real, style)
+        for name, mask in groups.items():
+            subjects = np.flatnonzero(mask)
+            pictures = _draw(pipe, icons, subjects, f"{style}, {name}")
+            entry[f"generated, {name} in training"] = judge.score(pictures, subjects, style)
+            both = np.stack([icons.pictures[subjects[:20], column], pictures[:20]], 0)
+            shown[f"{style}-{name}"] = both.reshape(-1, data.SIZE, data.SIZE, 3)
+        result[style] = entry
+        if style != data.BASE_STYLE:
+            pipe.unload_lora_weights()
+    return result, shown
+
+
+def control(model: Path, icons: data.Icons, device: str, count: int = 64) -> dict[str, float]:
+    """Overlap (intersection over union) of a generated silhouette with the picture of the line art's subject.
+
+    On subjects that the ControlNet never saw, with and without it, from the same seeds and prompts.
+    """
+    from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+
+    net = ControlNetModel.from_pretrained(model / "controlnet", local_files_only=True)
+    pipe = StableDiffusionControlNetPipeline.from_pretrained(
+        model, controlnet=net, torch_dtype=torch.float32, local_files_only=True
+    ).to(device)
+    pipe.controlnet.to(torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    subjects = np.flatnonzero(icons.selected & icons.held_out("controlnet"))[:count]
+    lines = icons.pictures[subjects, data.STYLES.index(data.LINE_ART)]
+    target = icons.pictures[subjects, 0].min(-1) < 235
+    images = torch.from_numpy(lines).permute(0, 3, 1, 2).float() / 255
+    out = {"subjects": float(len(subjects))}
+    for name, scale in (("with", 1.0), ("without", 0.0)):
+        prompts = _prompts(icons, subjects)
+        parts = []
+        for start in track(range(0, len(prompts), 32), f"ControlNet: {name}"):
+            part = slice(start, start + 32)
+            generators = [torch.Generator().manual_seed(SEED + start + i) for i in range(len(prompts[part]))]
+            with torch.inference_mode():
+                got = pipe(
+                    prompts[part], image=images[part], num_inference_steps=STEPS, guidance_scale=GUIDANCE,
+                    controlnet_conditioning_scale=scale, generator=generators, output_type="np",
+                )  # fmt: skip
+            parts.append((got.images * 255).round().astype(np.uint8))
+        mask = np.concatenate(parts).min(-1) < 235
+        both, either = (mask & target).sum((1, 2)), (mask | target).sum((1, 2))
+        out[f"overlap {name} ControlNet"] = round(float((both / np.maximum(either, 1)).mean()), 4)
+    return out
+
+
+def main(
+    work: Annotated[Path, typer.Option(help="data and the classifier's checkpoint go here")],
+    model: Annotated[Path, typer.Option(help="the model folder")] = Path("models/emoji"),
+    minutes: Annotated[float, typer.Option(help="limit of the classifier's training")] = 6,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0: PyTorch's choice")] = 0,
+    only_classifier: Annotated[bool, typer.Option(help="train the classifier and stop")] = False,
+) -> None:
+    """Measure the model and write what was found."""
+    from diffusers import AutoencoderKL
+
+    if threads:
+        torch.set_num_threads(threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    icons = data.load_or_build(work, SUBJECTS)
+    folder = work / "vae" if only_classifier else model / "vae"
+    vae = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32).to(device).eval()
+    judge_model = classifier.train_classifier(icons, vae, work, 6000, minutes * 60, device)
+    if only_classifier:
+        return
+    judge = Judge(judge_model, icons, device)
+    scores, shown = fidelity(model, icons, judge, device)
+    result: dict[str, Any] = {
+        "autoencoder PSNR in dB on held-out emoji": reconstruction(vae, icons, device),
+        "fidelity": scores,
+        "settings": {"steps": STEPS, "guidance": GUIDANCE, "scheduler": "ddim", "subjects": int(icons.selected.sum())},
+    }
+    if (model / "controlnet").exists():
+        result["controlnet"] = control(model, icons, device)
+    (model / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    sampling.save_grid(np.concatenate(list(shown.values())), 20, work / "evaluation.png")
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    typer.run(main)
