@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,19 +49,7 @@ def read_adapter(path: str | Path, target: Model | Targets) -> list[AdapterDelta
     entries, metadata = open_safetensors(path, AdapterError)
     if not entries:
         raise AdapterError(f"{path} holds no tensors")
-    groups: dict[tuple[str, str], dict[str, str]] = {}
-    refused: dict[str, str] = {}
-    for key in entries:
-        try:
-            component, module, role = place(key, targets)
-        except Unknown as reason:
-            refused[key] = str(reason)
-            continue
-        keys = groups.setdefault((component, module), {})
-        if role in keys:
-            refused[key] = f"the same target as {keys[role]}"
-            refused[keys[role]] = f"the same target as {key}"
-        keys.setdefault(role, key)
+    groups, refused = _by_module(entries, targets)
     configs = _peft_configs(path, entries, metadata)
     deltas = []
     for (component, module), keys in sorted(groups.items()):
@@ -79,6 +67,25 @@ def read_adapter(path: str | Path, target: Model | Targets) -> list[AdapterDelta
             refused,
         )
     return deltas
+
+
+def _by_module(
+    keys: Iterable[str], targets: Targets
+) -> tuple[dict[tuple[str, str], dict[str, str]], dict[str, str]]:
+    """The keys by (component, module path) and role, and the refused ones with their reasons."""
+    groups: dict[tuple[str, str], dict[str, str]] = {}
+    refused: dict[str, str] = {}
+    for key in keys:
+        try:
+            component, module, role = place(key, targets)
+        except Unknown as reason:
+            refused[key] = str(reason)
+            continue
+        first = groups.setdefault((component, module), {}).setdefault(role, key)
+        if first != key:
+            refused[key] = f"the same target as {first}"
+            refused[first] = f"the same target as {key}"
+    return groups, refused
 
 
 def _delta(
