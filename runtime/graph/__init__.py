@@ -1,0 +1,1 @@
+"""Components as graphs: capture, provenance, passes and execution for parity."""
