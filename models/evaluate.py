@@ -86,7 +86,7 @@ def fidelity(model: Path, icons: data.Icons, judge: Judge, device: str) -> tuple
     pipe = pipe.to(device)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
-    result: dict[str, Any] = {"chance": chance(icons)}
+    result: dict[str, Any] = {"chance": chance(icons), "subgroups": len(judge.classes)}
     shown: dict[str, Pictures] = {}
     for style in classifier.JUDGED_STYLES:
         column, hidden = data.STYLES.index(style), classifier.hidden(icons, style)
