@@ -74,24 +74,18 @@ class Model:
             UnsafeFile: weights are pickles, by name or by content.
         """
         path = Path(path)
-        if path.is_dir():
-            if tokenizer is not None or config is not None:
-                raise ModelError(
-                    f"tokenizer= and config= are for single files; {path} is a folder with its own"
-                )
-            return cls(path, read_folder(path, variant))
-        if not path.exists():
-            raise ModelError(f"there is no model folder or file {path}")
-        refuse_pickle(path)
-        if path.suffix.lower() != ".safetensors":
-            raise ModelError(f"{path} is neither a model folder nor a .safetensors file")
-        if variant is not None:
-            raise ModelError(f"variant={variant!r} is for folders; {path} is a file")
-        # Only here: most models are folders.
-        from heatsink.runtime.single_file import read_single_file
+        if not path.is_dir():
+            _check_file(path, variant)
+            # Only here: most models are folders.
+            from heatsink.runtime.single_file import read_single_file
 
-        options = (None if each is None else Path(each) for each in (tokenizer, config))
-        return cls(path, read_single_file(path, *options))
+            options = (None if each is None else Path(each) for each in (tokenizer, config))
+            return cls(path, read_single_file(path, *options))
+        if tokenizer is not None or config is not None:
+            raise ModelError(
+                f"tokenizer= and config= are for single files; {path} is a folder with its own"
+            )
+        return cls(path, read_folder(path, variant))
 
     def config(self, component: str) -> Config:
         """The configuration of a component, as diffusers or transformers wrote it (a copy)."""
@@ -210,6 +204,16 @@ class Model:
                 f" VAE's latents have {vae.get('latent_channels')}; inpainting and editing models"
                 " are not supported"
             )
+
+
+def _check_file(path: Path, variant: str | None) -> None:
+    if not path.exists():
+        raise ModelError(f"there is no model folder or file {path}")
+    refuse_pickle(path)
+    if path.suffix.lower() != ".safetensors":
+        raise ModelError(f"{path} is neither a model folder nor a .safetensors file")
+    if variant is not None:
+        raise ModelError(f"variant={variant!r} is for folders; {path} is a file")
 
 
 def _shifted(progress: Progress, before: int, total: int) -> Progress:

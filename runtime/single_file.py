@@ -7,7 +7,7 @@ made when a tensor is used.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from torch import Tensor
@@ -65,13 +65,31 @@ def read_single_file(path: Path, tokenizer: Path | None, config: Path | None) ->
     kind = _kind_of(path, entries)
     notes = [f"{path.name} is read as a {'Stable Diffusion 1.x' if kind == 'sd1' else 'SDXL'} file"]
     configs = _configs(kind, config)
-    found: dict[str, dict[str, Entry]] = {part: {} for part in PARTS[kind]}
-    unknown, ignored = [], 0
-    tables = _Tables(kind, configs)
+    used = {
+        key: entry
+        for key, entry in entries.items()
+        if key not in _UNUSED and not key.startswith(("model_ema.", "first_stage_model.loss."))
+    }
+    if len(used) < len(entries):
+        count = len(entries) - len(used)
+        notes.append(f"{count} tensors that no network needs (EMA, schedule constants) are ignored")
+    found = _sort(path, used, _Tables(kind, configs), PARTS[kind])
+    empty = [part for part, values in found.items() if not values]
+    if empty:
+        raise ModelError(f"{path} lacks the weights of {' and '.join(empty)}")
+    parts = {part: Part(configs[part], found[part]) for part in PARTS[kind]}
+    own = config if config is not None and (config / "tokenizer").is_dir() else None
+    tokenizers = _tokenizers(path, kind, tokenizer or own, notes)
+    return Layout(kind, parts, tokenizers, configs["scheduler"], configs["settings"], notes)
+
+
+def _sort(
+    path: Path, entries: dict[str, Entry], tables: _Tables, parts: Iterable[str]
+) -> dict[str, dict[str, Entry]]:
+    """Every entry under its part and diffusers name; a key of no known meaning is an error."""
+    found: dict[str, dict[str, Entry]] = {part: {} for part in parts}
+    unknown = []
     for key, entry in entries.items():
-        if key in _UNUSED or key.startswith(("model_ema.", "first_stage_model.loss.")):
-            ignored += 1
-            continue
         translated = list(tables.translate(key, entry))
         if not translated:
             unknown.append(key)
@@ -83,17 +101,7 @@ def read_single_file(path: Path, tokenizer: Path | None, config: Path | None) ->
             f"{path} holds {len(unknown)} keys of no known meaning: {', '.join(unknown[:8])}"
             " (a checkpoint of another shape needs config=FOLDER)"
         )
-    if ignored:
-        notes.append(
-            f"{ignored} tensors that no network needs (EMA, schedule constants) are ignored"
-        )
-    empty = [part for part, values in found.items() if not values]
-    if empty:
-        raise ModelError(f"{path} lacks the weights of {' and '.join(empty)}")
-    parts = {part: Part(configs[part], found[part]) for part in PARTS[kind]}
-    own = config if config is not None and (config / "tokenizer").is_dir() else None
-    tokenizers = _tokenizers(path, kind, tokenizer or own, notes)
-    return Layout(kind, parts, tokenizers, configs["scheduler"], configs["settings"], notes)
+    return found
 
 
 def _kind_of(path: Path, entries: dict[str, Entry]) -> str:
