@@ -23,10 +23,13 @@ READY := $(VENV)/.ready-$(call digest,$(SOURCES),$(notdir $(DEPENDENCIES)))
 
 PYTEST := $(BIN)/python -m pytest
 CLANG_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
+# The GPU suite is a program of its own, for another machine.
+BENCHES := $(filter-out bench/gpu_suite.py,$(sort $(wildcard bench/*.py)))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-gpu coverage lint format env lock wheel clean distclean
+.PHONY: help demo test test-slow test-gpu coverage bench lint lint-ruff lint-format lint-types lint-cpp
+.PHONY: format env lock wheel clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -47,11 +50,23 @@ test-gpu: $(READY) ## the tests marked gpu, on a machine with a CUDA device
 coverage: $(READY) ## the tests, and the lines they never reach
 	OMP_NUM_THREADS=1 $(PYTEST) -n $(JOBS) --dist loadfile --benchmark-disable --cov --cov-report=term-missing:skip-covered $(ARGS)
 
-lint: $(READY) ## ruff, mypy, clang-format: what CI checks
+bench: $(READY) ## the measurements of bench/, one after the other
+	$(if $(BENCHES),,@echo "bench/ holds no measurement yet"; exit 1)
+	@set -e; for script in $(BENCHES); do echo "== $$script"; $(BIN)/python $$script; done
+
+lint: lint-ruff lint-format lint-types lint-cpp ## ruff, mypy, clang-format: what CI checks (make -k lint: all of them)
+
+lint-ruff: $(READY)
 	$(BIN)/ruff check .
+
+lint-format: $(READY)
 	$(BIN)/ruff format --check .
-	$(if $(CLANG_SOURCES),$(BIN)/clang-format --dry-run -Werror $(CLANG_SOURCES))
+
+lint-types: $(READY)
 	$(BIN)/mypy
+
+lint-cpp: $(READY)
+	$(if $(CLANG_SOURCES),$(BIN)/clang-format --dry-run -Werror $(CLANG_SOURCES),@:)
 
 format: $(READY) ## rewrite the sources in the house's format
 	$(BIN)/ruff check --fix .
