@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -118,6 +119,14 @@ def test_published_keys() -> None:
         assert f"{reference.fingerprint_key(int(index)):016x}" == key
         made = module._keys(int(index), int(index) + 1, torch.device("cpu"))
         assert f"{int(made) % 2**64:016x}" == key
+
+
+@pytest.mark.parametrize("distance", [1, 2, 3, 8, 64, 77, 320, 1024, 4096, 16384])
+def test_no_two_differences_of_keys_are_equal(distance: int) -> None:
+    # Else a change made at two places of a row could cancel; among random keys there is none.
+    keys = module._keys(0, 1 << 20, torch.device("cpu")).numpy()
+    differences = np.sort(keys[distance:] - keys[:-distance])
+    assert (differences[1:] != differences[:-1]).all()
 
 
 @BOTH
