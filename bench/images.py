@@ -1,6 +1,6 @@
 """Device-seconds per image of an engine against diffusers eager, in one run.
 
-    python bench/images.py --engine out/engines/emoji --model models/emoji -o out/bench
+python bench/images.py --engine out/engines/emoji --model models/emoji -o out/bench
 """
 
 from __future__ import annotations
@@ -16,10 +16,16 @@ from heatsink.comparison import compare
 
 
 def main(
-    engine: Annotated[Path, typer.Option(help="an engine of the model")] = Path("out/engines/emoji"),
+    engine: Annotated[Path, typer.Option(help="an engine of the model")] = Path(
+        "out/engines/emoji"
+    ),
     model: Annotated[Path, typer.Option(help="the diffusers folder")] = Path("models/emoji"),
-    out: Annotated[Path, typer.Option("--out", "-o", help="where table, JSON and picture go")] = Path("out/bench"),
-    batches: Annotated[str, typer.Option(help="images at once, comma-separated, 12 at most")] = "1,4,12",
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="where table, JSON and picture go")
+    ] = Path("out/bench"),
+    batches: Annotated[
+        str, typer.Option(help="images at once, comma-separated, 12 at most")
+    ] = "1,4,12",
     steps: Annotated[int, typer.Option(help="of DPM-Solver++(2M)")] = 20,
     guidance: Annotated[float, typer.Option(help="scale of guidance")] = 4.0,
     rounds: Annotated[int, typer.Option(help="timed runs of each")] = 7,

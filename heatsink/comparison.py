@@ -79,7 +79,9 @@ def _set_layout(pipe: Any, layout: str) -> None:
     pipe.vae.to(memory_format=memory)
 
 
-def _run_diffusers(pipe: Any, prompts: Sequence[str], steps: int, guidance: float, shape: tuple[int, int, int]) -> np.ndarray[Any, Any]:
+def _run_diffusers(
+    pipe: Any, prompts: Sequence[str], steps: int, guidance: float, shape: tuple[int, int, int]
+) -> np.ndarray[Any, Any]:
     import torch
 
     from heatsink.runtime import noise

@@ -148,10 +148,14 @@ def run(out: Path) -> None:
     contact_sheet(pictures, sheet)
     say("[bold]3/3[/] device-seconds per image, against diffusers eager in the same run")
     with console.quiet_libraries(), console.bars() as progress:
-        comparison = compare(opened["flat"], model, PROMPTS, steps=STEPS, guidance=GUIDANCE, progress=progress)
+        comparison = compare(
+            opened["flat"], model, PROMPTS, steps=STEPS, guidance=GUIDANCE, progress=progress
+        )
     text = table(comparison)
     (out / "comparison.md").write_text(text + "\n", encoding="utf-8")
-    (out / "comparison.json").write_text(json.dumps(comparison.as_dict(), indent=2) + "\n", encoding="utf-8")
+    (out / "comparison.json").write_text(
+        json.dumps(comparison.as_dict(), indent=2) + "\n", encoding="utf-8"
+    )
     plot(comparison, out / "comparison.png")
     print(text)
     say(

@@ -34,7 +34,9 @@ def split(icons: data.Icons) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]
     return np.flatnonzero(~held), np.flatnonzero(held)
 
 
-def pictures_of(icons: data.Icons, subjects: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def pictures_of(
+    icons: data.Icons, subjects: np.ndarray[Any, Any]
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """The pictures of these subjects in every style but line art, uint8 `(N, SIZE, SIZE, 3)`."""
     styles = [i for i, style in enumerate(data.STYLES) if style != data.LINE_ART]
     return icons.pictures[subjects][:, styles].reshape(-1, data.SIZE, data.SIZE, 3)
@@ -47,7 +49,9 @@ def gradient_loss(a: Tensor, b: Tensor) -> Tensor:
     return dx.abs().mean() + dy.abs().mean()
 
 
-def train_vae(icons: data.Icons, folder: Path, device: str, steps: int, seconds: float | None) -> nn.Module:
+def train_vae(
+    icons: data.Icons, folder: Path, device: str, steps: int, seconds: float | None
+) -> nn.Module:
     """Train to reconstruct the icons; returns the averaged network in fp32 with its scaling factor set."""
     from diffusers import AutoencoderKL
 
@@ -70,18 +74,27 @@ def train_vae(icons: data.Icons, folder: Path, device: str, steps: int, seconds:
             noise = torch.randn(mean.shape, generator=generator, device=device)
             y = vae.decode(mean + noise * torch.exp(0.5 * logvar)).sample.float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        return (
-            F.l1_loss(y, x) + 4 * F.mse_loss(y, x) + 0.3 * gradient_loss(y, x) + 2e-5 * kl
-        )
+        return F.l1_loss(y, x) + 4 * F.mse_loss(y, x) + 0.3 * gradient_loss(y, x) + 2e-5 * kl
 
     @torch.no_grad()
     def sample(tag: str) -> None:
         vae.eval()
-        y = torch.cat([vae.decode(vae.encode(x).latent_dist.mean).sample for x in held_pictures.split(32)])
+        y = torch.cat(
+            [vae.decode(vae.encode(x).latent_dist.mean).sample for x in held_pictures.split(32)]
+        )
         print(f"vae {tag}: held-out PSNR {psnr(y, held_pictures).mean():.2f} dB", flush=True)
         vae.train()
 
-    loop.train("vae", folder, parameters, loss_of_step, steps=steps, seconds=seconds, lr=2e-3, sample=sample)
+    loop.train(
+        "vae",
+        folder,
+        parameters,
+        loss_of_step,
+        steps=steps,
+        seconds=seconds,
+        lr=2e-3,
+        sample=sample,
+    )
     vae.eval()
     with torch.no_grad():
         chosen = to_tensor(pictures_of(icons, np.flatnonzero(icons.selected)))
@@ -100,7 +113,9 @@ def train_decoder(
     vae.requires_grad_(False)
     parts = {"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}
     parameters = {
-        f"{part}.{n}": p.requires_grad_(True) for part, m in parts.items() for n, p in m.named_parameters()
+        f"{part}.{n}": p.requires_grad_(True)
+        for part, m in parts.items()
+        for n, p in m.named_parameters()
     }
 
     def loss_of_step(generator: torch.Generator) -> Tensor:
@@ -114,7 +129,9 @@ def train_decoder(
 
     @torch.no_grad()
     def sample(tag: str) -> None:
-        y = torch.cat([vae.decode(vae.encode(x).latent_dist.mean).sample for x in held_pictures.split(32)])
+        y = torch.cat(
+            [vae.decode(vae.encode(x).latent_dist.mean).sample for x in held_pictures.split(32)]
+        )
         print(f"decoder {tag}: held-out PSNR {psnr(y, held_pictures).mean():.2f} dB", flush=True)
 
     loop.train(

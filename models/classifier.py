@@ -68,7 +68,9 @@ def _augment(x: Tensor, generator: torch.Generator) -> Tensor:
     return x + 0.05 * torch.randn(x.shape, generator=generator, device=x.device)
 
 
-def train_classifier(icons: data.Icons, vae: Any, folder: Path, steps: int, seconds: float | None, device: str) -> Classifier:
+def train_classifier(
+    icons: data.Icons, vae: Any, folder: Path, steps: int, seconds: float | None, device: str
+) -> Classifier:
     """Train on real pictures, as they are and through the autoencoder, but for the hidden ones."""
     names = classes(icons)
     pictures, groups, styles = [], [], []
@@ -82,7 +84,10 @@ def train_classifier(icons: data.Icons, vae: Any, folder: Path, steps: int, seco
     sharp = to_tensor(np.stack(pictures))
     with torch.no_grad():
         blurred = torch.cat(
-            [vae.decode(vae.encode(x.to(device)).latent_dist.mean).sample.cpu() for x in sharp.split(64)]
+            [
+                vae.decode(vae.encode(x.to(device)).latent_dist.mean).sample.cpu()
+                for x in sharp.split(64)
+            ]
         )
     both = torch.stack([sharp, blurred.clamp(-1, 1)]).to(device)
     group, style_index = torch.tensor(groups, device=device), torch.tensor(styles, device=device)
@@ -94,7 +99,9 @@ def train_classifier(icons: data.Icons, vae: Any, folder: Path, steps: int, seco
         index = torch.randint(len(sharp), (64,), generator=generator, device=device)
         which = torch.randint(2, (64,), generator=generator, device=device)
         a, b = model(_augment(both[which, index], generator))
-        return F.cross_entropy(a, group[index], label_smoothing=0.1) + 0.5 * F.cross_entropy(b, style_index[index])
+        return F.cross_entropy(a, group[index], label_smoothing=0.1) + 0.5 * F.cross_entropy(
+            b, style_index[index]
+        )
 
     loop.train(
         "classifier", folder, dict(model.named_parameters()), loss_of_step,
@@ -117,7 +124,9 @@ def _settle_norms(model: Classifier, both: Tensor, device: str) -> None:
 
 
 @torch.no_grad()
-def judge(model: Classifier, pictures: npt.NDArray[np.uint8], device: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def judge(
+    model: Classifier, pictures: npt.NDArray[np.uint8], device: str
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Predicted subgroup and style index of uint8 pictures `(N, H, W, 3)`."""
     groups, styles = [], []
     for x in to_tensor(pictures).split(128):

@@ -125,7 +125,9 @@ def build(archives: dict[str, Path], subjects: int) -> Icons:
     chars = {}
     for style in STYLES:
         # The 3D Fluent package ships no code table; its icons carry the names of the flat one.
-        table = _read_json(archives[style], "chars.json") or _read_json(archives["flat"], "chars.json")
+        table = _read_json(archives[style], "chars.json") or _read_json(
+            archives["flat"], "chars.json"
+        )
         known = sets[style]["icons"].keys() | sets[style].get("aliases", {}).keys()
         chars[style] = {_code(code): name for code, name in table.items() if name in known}
     shared = []
@@ -145,7 +147,9 @@ def build(archives: dict[str, Path], subjects: int) -> Icons:
     selected = np.zeros(len(shared), bool)
     left = dict(_CAPS)
     # The oldest emoji are the best known ones, and those with short names the plainest.
-    for i in sorted(range(len(shared)), key=lambda i: (shared[i].get("version", 99), shared[i]["order"])):
+    for i in sorted(
+        range(len(shared)), key=lambda i: (shared[i].get("version", 99), shared[i]["order"])
+    ):
         if left.get(subgroups[i], 0) and len(names[i].split()) <= 3 and selected.sum() < subjects:
             left[subgroups[i]] -= 1
             selected[i] = True
@@ -164,7 +168,9 @@ def load_or_build(folder: Path, subjects: int) -> Icons:
         temporary.replace(cache)
     with np.load(cache) as data:
         text = json.loads(str(data["text"]))
-        return Icons(data["pictures"], text["names"], text["tags"], text["subgroups"], data["selected"])
+        return Icons(
+            data["pictures"], text["names"], text["tags"], text["subgroups"], data["selected"]
+        )
 
 
 def caption(icons: Icons, subject: int, rng: np.random.Generator) -> str:

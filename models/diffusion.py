@@ -103,7 +103,9 @@ def velocity_loss(
     return (out.float() - target).square().mean()
 
 
-def captions_for(icons: data.Icons, subjects: list[int], drop: float, generator: torch.Generator) -> list[str]:
+def captions_for(
+    icons: data.Icons, subjects: list[int], drop: float, generator: torch.Generator
+) -> list[str]:
     """A random caption of each subject, left empty with probability `drop` (for guidance)."""
     seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
     rng = np.random.default_rng(seed)
@@ -126,7 +128,16 @@ def train_base(
         captions = captions_for(icons, chosen, CAPTION_DROP, generator)
         return velocity_loss(bundle, latents[index], captions, generator)
 
-    loop.train("base", folder, parameters, loss_of_step, steps=steps, seconds=seconds, lr=8e-4, sample=sample)
+    loop.train(
+        "base",
+        folder,
+        parameters,
+        loss_of_step,
+        steps=steps,
+        seconds=seconds,
+        lr=8e-4,
+        sample=sample,
+    )
 
 
 def train_lora(

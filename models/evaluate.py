@@ -31,7 +31,9 @@ def _prompts(icons: data.Icons, subjects: npt.NDArray[np.int64]) -> list[str]:
 def _draw(pipe: Any, icons: data.Icons, subjects: npt.NDArray[np.int64], what: str) -> Pictures:
     prompts = _prompts(icons, subjects)
     parts = [
-        sampling.generate(pipe, prompts[start : start + 32], steps=STEPS, guidance=GUIDANCE, seed=SEED + start)
+        sampling.generate(
+            pipe, prompts[start : start + 32], steps=STEPS, guidance=GUIDANCE, seed=SEED + start
+        )
         for start in track(range(0, len(prompts), 32), what)
     ]
     return np.concatenate(parts)
@@ -45,7 +47,10 @@ def reconstruction(vae: Any, icons: data.Icons, device: str) -> dict[str, float]
     for style in classifier.JUDGED_STYLES:
         x = autoencoder.to_tensor(icons.pictures[held, data.STYLES.index(style)])
         with torch.no_grad():
-            y = [vae.decode(vae.encode(part.to(device)).latent_dist.mean).sample.cpu() for part in x.split(64)]
+            y = [
+                vae.decode(vae.encode(part.to(device)).latent_dist.mean).sample.cpu()
+                for part in x.split(64)
+            ]
         psnr = autoencoder.psnr(torch.cat(y), x)
         out[style] = round(float(psnr.mean()), 2)
         values.append(psnr)
@@ -60,7 +65,9 @@ class Judge:
         self.model, self.icons, self.device = model, icons, device
         self.classes = classifier.classes(icons)
 
-    def score(self, pictures: Pictures, subjects: npt.NDArray[np.int64], style: str) -> dict[str, float]:
+    def score(
+        self, pictures: Pictures, subjects: npt.NDArray[np.int64], style: str
+    ) -> dict[str, float]:
         """Shares of pictures whose subgroup, and whose style, the classifier names right."""
         groups, styles = classifier.judge(self.model, pictures, self.device)
         wanted = np.array([self.classes.index(self.icons.subgroups[i]) for i in subjects])
@@ -78,11 +85,15 @@ def chance(icons: data.Icons) -> dict[str, float]:
     return {"subgroup": round(most, 4), "style": 1 / len(classifier.JUDGED_STYLES)}
 
 
-def fidelity(model: Path, icons: data.Icons, judge: Judge, device: str) -> tuple[dict[str, Any], dict[str, Pictures]]:
+def fidelity(
+    model: Path, icons: data.Icons, judge: Judge, device: str
+) -> tuple[dict[str, Any], dict[str, Pictures]]:
     """Scores of real and generated pictures for every style, seen and never seen in training."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32, local_files_only=True)
+    pipe = StableDiffusionPipeline.from_pretrained(
+        model, torch_dtype=torch.float32, local_files_only=True
+    )
     pipe = pipe.to(device)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
@@ -102,7 +113,9 @@ def fidelity(model: Path, icons: data.Icons, judge: Judge, device: str) -> tuple
             groups["seen"] = keep
         entry: dict[str, Any] = {}
         real = np.flatnonzero(icons.selected & hidden)
-        entry["real, never seen by the judge"] = judge.score(icons.pictures[real, column], real, style)
+        entry["real, never seen by the judge"] = judge.score(
+            icons.pictures[real, column], real, style
+        )
         for name, mask in groups.items():
             subjects = np.flatnonzero(mask)
             pictures = _draw(pipe, icons, subjects, f"{style}, {name}")
@@ -138,7 +151,9 @@ def control(model: Path, icons: data.Icons, device: str, count: int = 64) -> dic
         parts = []
         for start in track(range(0, len(prompts), 32), f"ControlNet: {name}"):
             part = slice(start, start + 32)
-            generators = [torch.Generator().manual_seed(SEED + start + i) for i in range(len(prompts[part]))]
+            generators = [
+                torch.Generator().manual_seed(SEED + start + i) for i in range(len(prompts[part]))
+            ]
             with torch.inference_mode():
                 got = pipe(
                     prompts[part], image=images[part], num_inference_steps=STEPS, guidance_scale=GUIDANCE,
@@ -175,7 +190,12 @@ def main(
     result: dict[str, Any] = {
         "autoencoder PSNR in dB on held-out emoji": reconstruction(vae, icons, device),
         "fidelity": scores,
-        "settings": {"steps": STEPS, "guidance": GUIDANCE, "scheduler": "ddim", "subjects": int(icons.selected.sum())},
+        "settings": {
+            "steps": STEPS,
+            "guidance": GUIDANCE,
+            "scheduler": "ddim",
+            "subjects": int(icons.selected.sum()),
+        },
     }
     if (model / "controlnet").exists():
         result["controlnet"] = control(model, icons, device)

@@ -17,7 +17,9 @@ from heatsink.models import data, diffusion, sampling
 def all_captions(icons: data.Icons) -> list[str]:
     """Captions for the tokenizer: every chosen subject often, every other name once."""
     rng = np.random.default_rng(0)
-    captions = [data.caption(icons, int(i), rng) for i in np.flatnonzero(icons.selected) for _ in range(8)]
+    captions = [
+        data.caption(icons, int(i), rng) for i in np.flatnonzero(icons.selected) for _ in range(8)
+    ]
     return captions + icons.names
 
 
@@ -61,7 +63,9 @@ def export(work: Path, out: Path) -> None:
     pipe = sampling.pipeline(vae, bundle)
     pipe.to(torch.float16).save_pretrained(temporary, safe_serialization=True)
     if (work / "controlnet").exists():
-        ControlNetModel.from_pretrained(work / "controlnet").half().save_pretrained(temporary / "controlnet")
+        ControlNetModel.from_pretrained(work / "controlnet").half().save_pretrained(
+            temporary / "controlnet"
+        )
     adapters = temporary / "adapters"
     adapters.mkdir()
     for brand in data.BRANDS:

@@ -64,7 +64,9 @@ def train(
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.pt"
-    optimiser = torch.optim.AdamW(parameters.values(), lr=lr, weight_decay=1e-4, betas=(0.9, 0.99), foreach=True)
+    optimiser = torch.optim.AdamW(
+        parameters.values(), lr=lr, weight_decay=1e-4, betas=(0.9, 0.99), foreach=True
+    )
     average = Average(parameters, decay)
     start, spent = 0, 0.0
     if path.exists():
@@ -103,7 +105,9 @@ def train(
     while share() < 1:
         done = share()
         for group in optimiser.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+            group["lr"] = (
+                lr * min(1, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+            )
         generator.manual_seed(seed * 1_000_003 + step)
         loss = loss_of_step(generator)
         loss.backward()
@@ -117,7 +121,9 @@ def train(
         if now - reported > 15:
             rate = (step - start) / (now - begun)
             mean = sum(losses) / len(losses)
-            print(f"{name}: {share():6.1%} step {step} loss {mean:.5f} {rate:.2f} steps/s", flush=True)
+            print(
+                f"{name}: {share():6.1%} step {step} loss {mean:.5f} {rate:.2f} steps/s", flush=True
+            )
             losses, reported = [], now
         if now - saved > checkpoint_seconds:
             save()

@@ -80,7 +80,9 @@ def train_tokenizer(captions: Iterable[str], folder: Path) -> None:
     )
     tokenizer.train_from_iterator(captions, trainer)
     model = json.loads(tokenizer.to_str())["model"]
-    vocabulary = {t: i for i, (t, _) in enumerate(sorted(model["vocab"].items(), key=lambda e: e[1]))}
+    vocabulary = {
+        t: i for i, (t, _) in enumerate(sorted(model["vocab"].items(), key=lambda e: e[1]))
+    }
     # Like CLIP's own vocabulary: every byte alone and at a word's end, so that no text is unknown.
     closing = [character + "</w>" for character in sorted(pre_tokenizers.ByteLevel.alphabet())]
     for token in (*closing, BOS, EOS):

@@ -41,7 +41,13 @@ def pipeline(vae: Any, bundle: Bundle, controlnet: Any = None) -> Any:
 
 
 def generate(
-    pipe: Any, prompts: list[str], *, steps: int = 20, guidance: float = 4.0, seed: int = 0, **more: Any
+    pipe: Any,
+    prompts: list[str],
+    *,
+    steps: int = 20,
+    guidance: float = 4.0,
+    seed: int = 0,
+    **more: Any,
 ) -> npt.NDArray[np.uint8]:
     """uint8 pictures `(N, H, W, 3)` of the prompts, 32 at a time."""
     pictures = []

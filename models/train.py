@@ -53,7 +53,9 @@ class Run:
         bundle = diffusion.Bundle.new(self.tokenizer(), self.device)
         if trained:
             bundle.unet.load_state_dict(torch.load(self.work / "unet.pt", weights_only=True))
-            bundle.text_encoder.load_state_dict(torch.load(self.work / "text.pt", weights_only=True))
+            bundle.text_encoder.load_state_dict(
+                torch.load(self.work / "text.pt", weights_only=True)
+            )
         return bundle
 
     def sampler(self, name: str, vae: Any, bundle: diffusion.Bundle) -> Any:
@@ -91,7 +93,9 @@ def train_decoder(run: Run) -> None:
 def train_lora(run: Run, brand: str) -> None:
     vae, bundle = run.vae(), run.bundle()
     sample = run.sampler(brand, vae, bundle)
-    diffusion.train_lora(brand, run.icons, vae, bundle, run.work, sample=sample, **run.limits("lora"))
+    diffusion.train_lora(
+        brand, run.icons, vae, bundle, run.work, sample=sample, **run.limits("lora")
+    )
     export_model.save_lora(bundle.unet, brand, run.work / f"{brand}.safetensors")
 
 
@@ -105,12 +109,16 @@ def train_controlnet(run: Run) -> None:
 
 @app.command()
 def main(
-    stage: Annotated[str, typer.Argument(help="all, data, vae, base, decoder, lora, controlnet or export")],
+    stage: Annotated[
+        str, typer.Argument(help="all, data, vae, base, decoder, lora, controlnet or export")
+    ],
     work: Annotated[Path, typer.Option(help="checkpoints, data and samples go here")],
     out: Annotated[Path, typer.Option(help="the model folder to write")] = Path("models/emoji"),
     brand: Annotated[str, typer.Option(help="with stage lora: only this brand")] = "",
     minutes: Annotated[float, typer.Option(help="limit of all training together; 0: none")] = 0,
-    steps: Annotated[int, typer.Option(help="optimiser steps of every stage instead of the defaults")] = 0,
+    steps: Annotated[
+        int, typer.Option(help="optimiser steps of every stage instead of the defaults")
+    ] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads; 0: PyTorch's choice")] = 0,
 ) -> None:
     """Run one stage of the training, or all of them."""
