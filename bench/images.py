@@ -9,8 +9,9 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import heatsink
 import typer
+
+import heatsink
 from heatsink import console, demo
 from heatsink.comparison import compare
 
@@ -33,9 +34,15 @@ def main(
     """Measure, print the table, write `images.{md,json,png}`."""
     with console.quiet_libraries(), console.bars() as progress:
         found = compare(
-            heatsink.load(engine), model, demo.PROMPTS, steps=steps, guidance=guidance,
-            batches=[int(n) for n in batches.split(",")], rounds=rounds, progress=progress,
-        )  # fmt: skip
+            heatsink.load(engine),
+            model,
+            demo.PROMPTS,
+            steps=steps,
+            guidance=guidance,
+            batches=[int(n) for n in batches.split(",")],
+            rounds=rounds,
+            progress=progress,
+        )
     out.mkdir(parents=True, exist_ok=True)
     text = demo.table(found)
     (out / "images.md").write_text(text + "\n", encoding="utf-8")

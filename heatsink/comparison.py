@@ -1,4 +1,7 @@
-"""Measures an engine against diffusers' eager pipeline: same model, prompts, noise, steps and batch, in one run."""
+"""Measures an engine against diffusers' eager pipeline in one run.
+
+Both get the same model, prompts, noise, steps and batch.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +26,7 @@ MIN_PSNR = 40.0
 
 @dataclass(frozen=True)
 class Row:
-    """Device-seconds per image of one system at one batch: the median over the rounds, and their range."""
+    """Device-seconds per image of one system at one batch: the median and the range."""
 
     system: str
     images: int
@@ -90,9 +94,12 @@ def _run_diffusers(
     latents = noise.normal_rows(range(len(prompts)), noise.INITIAL, 0, shape)
     with torch.inference_mode():
         out = pipe(
-            list(prompts), num_inference_steps=steps, guidance_scale=guidance, latents=latents,
+            list(prompts),
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            latents=latents,
             output_type="np",
-        )  # fmt: skip
+        )
     images: np.ndarray[Any, Any] = out.images
     return images
 
@@ -120,7 +127,8 @@ def compare(
         engine: opened, of `model`.
         model: the diffusers folder.
         prompts: at least as many as the largest of `batches`.
-        steps, guidance: of DPM-Solver++(2M).
+        steps: of DPM-Solver++(2M).
+        guidance: scale of classifier-free guidance.
         batches: how many images are made at once.
         rounds: timed runs of each; one more of each comes first, untimed.
         progress: called with (what, done, total).
@@ -162,15 +170,22 @@ def compare(
         seconds: dict[str, list[float]] = {"diffusers eager": [], "heatsink (onnxruntime)": []}
         for _ in range(rounds + 1):
             for system, run in zip(seconds, (theirs, ours), strict=True):
-                seconds[system].append(_timed(lambda run=run: run(count)) / count)  # type: ignore[misc]
+                seconds[system].append(_timed(partial(run, count)) / count)
                 tick()
         for system, values in seconds.items():
             kept = values[1:]
             rows.append(Row(system, count, statistics.median(kept), min(kept), max(kept)))
     return Comparison(
-        rows, psnr, steps, guidance, rounds, environment.processor(), torch.get_num_threads(),
-        environment.libraries(), layout,
-    )  # fmt: skip
+        rows,
+        psnr,
+        steps,
+        guidance,
+        rounds,
+        environment.processor(),
+        torch.get_num_threads(),
+        environment.libraries(),
+        layout,
+    )
 
 
 def _best_layout(pipe: Any, run: Callable[[], Any], tick: Callable[[], None]) -> str:

@@ -1,11 +1,11 @@
-"""`make demo`: the bundled model's engines, a contact sheet of four styles, a measured comparison."""
+"""`make demo`: engines, a contact sheet of four styles, a measured comparison."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +15,21 @@ from heatsink.runtime.errors import HeatsinkError, ModelError
 if TYPE_CHECKING:
     from heatsink.comparison import Comparison
 
+Progress = Callable[[str, int, int], None]
 PROMPTS = (
-    "a red apple", "a penguin", "a sunflower", "a hamburger", "a tiger face", "a butterfly",
-    "a sailboat", "a rocket", "a grinning face", "a mushroom", "an octopus", "a guitar",
-)  # fmt: skip
+    "a red apple",
+    "a penguin",
+    "a sunflower",
+    "a hamburger",
+    "a tiger face",
+    "a butterfly",
+    "a sailboat",
+    "a rocket",
+    "a grinning face",
+    "a mushroom",
+    "an octopus",
+    "a guitar",
+)
 STYLES = {"flat": None, "fluent": "fluent", "noto": "noto", "twemoji": "twemoji"}
 STEPS, GUIDANCE = 20, 4.0
 ZOOM = 1.5
@@ -32,8 +43,8 @@ def find_model() -> Path:
     raise ModelError("models/emoji is not here: run the demo from a checkout of the repository")
 
 
-def build_engines(model: Path, out: Path, progress: Any) -> dict[str, Path]:
-    """An engine for every style: the base, and one with each brand's LoRA fused; equal parts are shared."""
+def build_engines(model: Path, out: Path, progress: Progress) -> dict[str, Path]:
+    """An engine for every style: the base, and one with each brand's LoRA; they share parts."""
     from heatsink.export.build import Options, build
 
     engines: dict[str, Path] = {}
@@ -48,7 +59,7 @@ def build_engines(model: Path, out: Path, progress: Any) -> dict[str, Path]:
 
 
 def contact_sheet(pictures: dict[str, Sequence[Any]], path: Path) -> None:
-    """Write rows of pictures, one row a style, with the prompts above and the styles beside them."""
+    """Write rows of pictures, one row a style, named above and beside."""
     from PIL import Image, ImageDraw, ImageFont
 
     first = next(iter(pictures.values()))
@@ -71,7 +82,7 @@ def contact_sheet(pictures: dict[str, Sequence[Any]], path: Path) -> None:
 
 
 def plot(comparison: Comparison, path: Path) -> None:
-    """Draw device-seconds per image of both systems at every batch, with the range of the rounds."""
+    """Draw device-seconds per image at every batch, with the range of the rounds."""
     from matplotlib import ticker
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -92,7 +103,8 @@ def plot(comparison: Comparison, path: Path) -> None:
     axes.xaxis.set_major_locator(ticker.MaxNLocator(6))
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(
-        f"64x64, {comparison.steps} steps, guidance {comparison.guidance:g}, fp32, {comparison.threads} CPU threads",
+        f"64x64, {comparison.steps} steps, guidance {comparison.guidance:g}, fp32, "
+        f"{comparison.threads} CPU threads",
         fontsize=10,
     )
     figure.savefig(path, dpi=130)
@@ -105,20 +117,24 @@ def table(comparison: Comparison) -> str:
         "|---|---|---|---|",
     ]
     for row in comparison.rows:
-        lines.append(
-            f"| {row.system} | {row.images} | {row.median:.4f} | {row.fastest:.4f} to {row.slowest:.4f} |"
-        )
+        spread = f"{row.fastest:.4f} to {row.slowest:.4f}"
+        lines.append(f"| {row.system} | {row.images} | {row.median:.4f} | {spread} |")
     counts = sorted({row.images for row in comparison.rows})
     ratios = ", ".join(f"{comparison.speedup(n):.2f}x fewer at {n}" for n in counts)
     lines += [
         "",
-        f"Device-seconds against diffusers eager: {ratios}. The device is the CPU: {comparison.device}, "
-        f"{comparison.threads} threads. {comparison.steps} steps of DPM-Solver++(2M), guidance "
-        f"{comparison.guidance:g}, 64x64 pixels, fp32, medians of {comparison.rounds} interleaved rounds; "
-        f"diffusers in its faster layout here ({comparison.layout}). Both drew the same pictures "
-        f"({comparison.psnr:.0f} dB apart at worst).",
+        f"Device-seconds against diffusers eager: {ratios}. The device is the CPU: "
+        f"{comparison.device}, {comparison.threads} threads. {comparison.steps} steps of "
+        f"DPM-Solver++(2M), guidance {comparison.guidance:g}, 64x64 pixels, fp32, medians of "
+        f"{comparison.rounds} interleaved rounds; diffusers in its faster layout here "
+        f"({comparison.layout}). Both drew the same pictures ({comparison.psnr:.0f} dB apart at "
+        "worst).",
     ]
     return "\n".join(lines)
+
+
+def _prefixed(progress: Progress, style: str) -> Progress:
+    return lambda stage, done, total: progress(f"{style}: {stage}", done, total)
 
 
 def run(out: Path) -> None:
@@ -140,9 +156,12 @@ def run(out: Path) -> None:
         for style, folder in engines.items():
             opened[style] = heatsink.load(folder)
             result = opened[style].generate(
-                PROMPTS, seed=0, steps=STEPS, guidance=GUIDANCE,
-                progress=lambda stage, done, total, style=style: progress(f"{style}: {stage}", done, total),
-            )  # fmt: skip
+                PROMPTS,
+                seed=0,
+                steps=STEPS,
+                guidance=GUIDANCE,
+                progress=_prefixed(progress, style),
+            )
             pictures[style] = result.images
     sheet = out / "contact_sheet.png"
     contact_sheet(pictures, sheet)
@@ -164,7 +183,7 @@ def run(out: Path) -> None:
         f"  {out / 'comparison.md'}, .json and .png  the measurement\n"
         f"  {out / 'engines'}/  an engine for each style\n"
         "Next:\n"
-        f'  .venv/bin/heatsink generate "a blue whale" --engine {engines["noto"]} --seed 7 -n 4 -o {out}/whales\n'
+        f'  .venv/bin/heatsink generate "a whale" --engine {engines["noto"]} -n 4 -o {out}/whales\n'
         f"  .venv/bin/heatsink inspect {engines['flat']}\n"
         "  .venv/bin/heatsink build PATH/TO/A/STABLE-DIFFUSION-1.5 -o out/engines/mine",
         soft_wrap=True,

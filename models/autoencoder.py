@@ -1,4 +1,4 @@
-"""Trains the AutoencoderKL of the bundled model on the icons of the four styles that it makes pictures in.
+"""Trains the AutoencoderKL of the bundled model on the icons of the four styles it draws.
 
 The line art is left out: the ControlNet reads it as pixels, it never becomes a latent.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from heatsink.models import data, loop, networks
@@ -29,7 +29,7 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
 
 
 def split(icons: data.Icons) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Subjects of the autoencoder's training set and of its held-out set (never among the chosen)."""
+    """Subjects of the training set, and of the held-out set (never among the chosen)."""
     held = icons.held_out("vae") & ~icons.selected
     return np.flatnonzero(~held), np.flatnonzero(held)
 
@@ -51,8 +51,8 @@ def gradient_loss(a: Tensor, b: Tensor) -> Tensor:
 
 def train_vae(
     icons: data.Icons, folder: Path, device: str, steps: int, seconds: float | None
-) -> nn.Module:
-    """Train to reconstruct the icons; returns the averaged network in fp32 with its scaling factor set."""
+) -> Any:
+    """Train to reconstruct the icons; returns the averaged network, its scaling factor set."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
@@ -74,7 +74,8 @@ def train_vae(
             noise = torch.randn(mean.shape, generator=generator, device=device)
             y = vae.decode(mean + noise * torch.exp(0.5 * logvar)).sample.float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        return F.l1_loss(y, x) + 4 * F.mse_loss(y, x) + 0.3 * gradient_loss(y, x) + 2e-5 * kl
+        total: Tensor = F.l1_loss(y, x) + 4 * F.mse_loss(y, x) + 0.3 * gradient_loss(y, x)
+        return total + 2e-5 * kl
 
     @torch.no_grad()
     def sample(tag: str) -> None:
@@ -106,7 +107,10 @@ def train_vae(
 def train_decoder(
     vae: Any, icons: data.Icons, folder: Path, device: str, steps: int, seconds: float | None
 ) -> None:
-    """Polish the decoder alone, for squared error; the latents, and what was trained on them, stay as they are."""
+    """Polish the decoder alone, for squared error.
+
+    The latents, and what was trained on them, stay as they are.
+    """
     train_subjects, held = split(icons)
     pictures = torch.from_numpy(pictures_of(icons, train_subjects))
     held_pictures = to_tensor(pictures_of(icons, held))[::5].to(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +19,27 @@ JUDGED_STYLES = (data.BASE_STYLE, *data.BRANDS)
 
 
 class Classifier(nn.Module):
-    """Pictures `(B, 3, 64, 64)` in [-1, 1] -> logits of subgroups `(B, G)` and of styles `(B, 4)`."""
+    """Pictures `(B, 3, 64, 64)` in [-1, 1] -> logits of subgroups `(B, G)`, styles `(B, 4)`."""
 
     def __init__(self, subgroups: int) -> None:
         super().__init__()
         widths = (3, 32, 64, 128, 192)
         layers: list[nn.Module] = []
-        for before, after in zip(widths[:-1], widths[1:], strict=True):
+        for before, after in pairwise(widths):
             layers += [
-                nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(after), nn.SiLU(),
-                nn.Conv2d(after, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.SiLU(),
-            ]  # fmt: skip
+                nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(after),
+                nn.SiLU(),
+                nn.Conv2d(after, after, 3, padding=1, bias=False),
+                nn.BatchNorm2d(after),
+                nn.SiLU(),
+            ]
         self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(0.3))
         self.subgroup = nn.Linear(4 * widths[-1], subgroups)
         self.style = nn.Linear(4 * widths[-1], len(JUDGED_STYLES))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """See the class."""
         features = self.body(x)
         return self.subgroup(features), self.style(features)
 
@@ -104,9 +110,15 @@ def train_classifier(
         )
 
     loop.train(
-        "classifier", folder, dict(model.named_parameters()), loss_of_step,
-        steps=steps, seconds=seconds, lr=2e-3, seed=6,
-    )  # fmt: skip
+        "classifier",
+        folder,
+        dict(model.named_parameters()),
+        loss_of_step,
+        steps=steps,
+        seconds=seconds,
+        lr=2e-3,
+        seed=6,
+    )
     _settle_norms(model, both, device)
     return model.eval()
 

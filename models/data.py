@@ -1,8 +1,9 @@
-"""The data step of the bundled model: npm packages of emoji icons -> one array of pictures with captions.
+"""The data step of the bundled model: npm packages of icons -> pictures with captions.
 
-Icons come from `@iconify-json/*` packages, names, tags and subgroups from `emojibase-data`; every icon is
-rendered by `resvg-py` on white at `SIZE` x `SIZE` pixels. The pictures of a subject line up over all styles,
-so the brands (one LoRA each) and the line art (ControlNet) are real pairs of the same subject.
+Icons come from `@iconify-json/*` packages, names, tags and subgroups from `emojibase-data`; every
+icon is rendered by `resvg-py` on white at `SIZE` x `SIZE` pixels. The pictures of a subject line up
+over all styles, so the brands (one LoRA each) and the line art (ControlNet) are real pairs of the
+same subject.
 """
 
 from __future__ import annotations
@@ -42,8 +43,9 @@ _CAPS = {
     "sky-weather": 16, "event": 6, "award-medal": 3, "sport": 10, "game": 5,
     "musical-instrument": 8, "clothing": 14, "heart": 18, "cat-face": 3, "monkey-face": 1,
     "face-smiling": 8, "face-affection": 4, "face-glasses": 2, "face-hat": 2, "face-concerned": 6,
-    "face-negative": 4, "face-costume": 6, "face-unwell": 4, "tool": 8, "science": 3, "household": 5,
-    "light-video": 5, "book-paper": 4, "place-building": 6, "place-geographic": 3, "computer": 2,
+    "face-negative": 4, "face-costume": 6, "face-unwell": 4, "tool": 8, "science": 3,
+    "household": 5, "light-video": 5, "book-paper": 4, "place-building": 6, "place-geographic": 3,
+    "computer": 2,
 }  # fmt: skip
 _COMPONENTS = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF", "200D"}
 HOLD_OUT_SHARE = 0.15
@@ -51,7 +53,7 @@ HOLD_OUT_SHARE = 0.15
 
 @dataclass(frozen=True)
 class Icons:
-    """All shared subjects: `pictures` is uint8 `(subject, style, SIZE, SIZE, 3)` in the order of `STYLES`."""
+    """All shared subjects; `pictures` is uint8 `(subject, style, SIZE, SIZE, 3)`, as `STYLES`."""
 
     pictures: npt.NDArray[np.uint8]
     names: list[str]
@@ -60,7 +62,7 @@ class Icons:
     selected: npt.NDArray[np.bool_]
 
     def held_out(self, purpose: str, share: float = HOLD_OUT_SHARE) -> npt.NDArray[np.bool_]:
-        """A fixed pseudo-random `share` of the subjects, drawn from their names and `purpose` alone."""
+        """A fixed pseudo-random `share` of the subjects, by their names and `purpose` alone."""
         return np.array([_fraction(f"{purpose}:{name}") < share for name in self.names])
 
 
@@ -115,7 +117,7 @@ def render(svg: str, size: int = SIZE) -> npt.NDArray[np.uint8]:
 
 
 def build(archives: dict[str, Path], subjects: int) -> Icons:
-    """Render every subject that all styles share and mark the `subjects` the model is trained on."""
+    """Render every subject that all styles share; mark the `subjects` to train on."""
     from rich.progress import track
 
     emoji = _read_json(archives["names"], "en/data.json")

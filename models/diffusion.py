@@ -1,8 +1,8 @@
-"""Trains the text encoder and UNet on the base style, then a LoRA for each brand and the ControlNet.
+"""Trains text encoder and UNet on the base style, then the LoRAs and the ControlNet.
 
-All of them minimise the squared error of the velocity `v = sqrt(a) noise - sqrt(1-a) x0` (Salimans & Ho,
-https://arxiv.org/abs/2202.00512): unlike the noise it stays informative at the noisiest timesteps, where a
-picture is still decided by its caption alone.
+All of them minimise the squared error of the velocity `v = sqrt(a) noise - sqrt(1-a) x0` (Salimans
+& Ho, https://arxiv.org/abs/2202.00512): unlike the noise it stays informative at the noisiest
+timesteps, where a picture is still decided by its caption alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from heatsink.models import data, loop, networks
 from heatsink.models.autoencoder import to_tensor
@@ -23,9 +23,18 @@ BATCH = 32
 RANK = 16
 CAPTION_DROP = 0.1
 LORA_TARGETS = [
-    "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
-    "conv1", "conv2", "conv_shortcut",
-]  # fmt: skip
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "proj_in",
+    "proj_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+]
 
 
 @dataclass
@@ -39,6 +48,7 @@ class Bundle:
 
     @classmethod
     def new(cls, tokenizer_folder: Path, device: str) -> Bundle:
+        """Untrained networks, from a fixed seed."""
         from diffusers import UNet2DConditionModel
         from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -79,7 +89,7 @@ def alphas(device: str) -> Tensor:
 def latents_of(vae: Any, pictures: np.ndarray[Any, np.dtype[np.uint8]], device: str) -> Tensor:
     """uint8 pictures `(N, H, W, 3)` -> scaled latent means `(N, C, h, w)`."""
     means = [vae.encode(x.to(device)).latent_dist.mean for x in to_tensor(pictures).split(64)]
-    return torch.cat(means) * vae.config.scaling_factor
+    return torch.cat(means) * float(vae.config.scaling_factor)
 
 
 def velocity_loss(
@@ -99,7 +109,7 @@ def velocity_loss(
     target = a.sqrt() * noise - (1 - a).sqrt() * x0
     hidden = bundle.encode(captions)
     more = extra(noisy, t, hidden) if extra else {}
-    out = bundle.unet(noisy, t, hidden, **more).sample
+    out: Tensor = bundle.unet(noisy, t, hidden, **more).sample
     return (out.float() - target).square().mean()
 
 
@@ -113,9 +123,14 @@ def captions_for(
 
 
 def train_base(
-    icons: data.Icons, vae: Any, bundle: Bundle, folder: Path, steps: int, seconds: float | None,
+    icons: data.Icons,
+    vae: Any,
+    bundle: Bundle,
+    folder: Path,
+    steps: int,
+    seconds: float | None,
     sample: Callable[[str], None] | None,
-) -> None:  # fmt: skip
+) -> None:
     """Train text encoder and UNet together on the chosen subjects in the base style."""
     subjects = np.flatnonzero(icons.selected)
     latents = latents_of(vae, icons.pictures[subjects, 0], bundle.device)
@@ -141,10 +156,17 @@ def train_base(
 
 
 def train_lora(
-    brand: str, icons: data.Icons, vae: Any, bundle: Bundle, folder: Path, steps: int, seconds: float | None,
-    sample: Callable[[str], None] | None, rank: int = RANK,
-) -> None:  # fmt: skip
-    """Train a rank-`rank` LoRA of the UNet on the brand's pictures, but for the subjects held out of it."""
+    brand: str,
+    icons: data.Icons,
+    vae: Any,
+    bundle: Bundle,
+    folder: Path,
+    steps: int,
+    seconds: float | None,
+    sample: Callable[[str], None] | None,
+    rank: int = RANK,
+) -> None:
+    """Train a LoRA of the UNet on the brand's pictures, but for those held out of it."""
     from peft import LoraConfig
 
     bundle.text_encoder.requires_grad_(False)
@@ -164,15 +186,27 @@ def train_lora(
         return velocity_loss(bundle, latents[index], captions, generator)
 
     loop.train(
-        f"lora-{brand}", folder, parameters, loss_of_step,
-        steps=steps, seconds=seconds, lr=2e-3, sample=sample, seed=2,
-    )  # fmt: skip
+        f"lora-{brand}",
+        folder,
+        parameters,
+        loss_of_step,
+        steps=steps,
+        seconds=seconds,
+        lr=2e-3,
+        sample=sample,
+        seed=2,
+    )
 
 
 def train_controlnet(
-    icons: data.Icons, vae: Any, bundle: Bundle, folder: Path, steps: int, seconds: float | None,
+    icons: data.Icons,
+    vae: Any,
+    bundle: Bundle,
+    folder: Path,
+    steps: int,
+    seconds: float | None,
     sample: Callable[[str], None] | None,
-) -> nn.Module:  # fmt: skip
+) -> Any:
     """Train a ControlNet on pairs of line art and base-style picture, of all subjects."""
     from diffusers import ControlNetModel
 
@@ -199,7 +233,14 @@ def train_controlnet(
         return velocity_loss(bundle, latents[index], captions, generator, residuals)
 
     loop.train(
-        "controlnet", folder, dict(controlnet.named_parameters()), loss_of_step,
-        steps=steps, seconds=seconds, lr=5e-4, sample=sample, seed=3,
-    )  # fmt: skip
+        "controlnet",
+        folder,
+        dict(controlnet.named_parameters()),
+        loss_of_step,
+        steps=steps,
+        seconds=seconds,
+        lr=5e-4,
+        sample=sample,
+        seed=3,
+    )
     return controlnet

@@ -1,8 +1,8 @@
 """Measures the bundled model: `python models/evaluate.py --work DIR --model models/emoji`.
 
-Reconstruction of held-out emoji by the autoencoder, and prompt fidelity: a classifier trained on real emoji
-of all styles says which subgroup and style a generated picture shows. Writes `evaluation.json` into the model
-folder, and `evaluation.png` under `--work`.
+Reconstruction of held-out emoji by the autoencoder, and prompt fidelity: a classifier trained on
+real emoji of all styles says which subgroup and style a generated picture shows. Writes
+`evaluation.json` into the model folder, and `evaluation.png` under `--work`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import typer
+from rich.progress import track
+
 from heatsink.models import autoencoder, classifier, data, sampling
 from heatsink.models.train import SUBJECTS
-from rich.progress import track
 
 Bools = npt.NDArray[np.bool_]
 Pictures = npt.NDArray[np.uint8]
@@ -103,7 +104,8 @@ def fidelity(
         column, hidden = data.STYLES.index(style), classifier.hidden(icons, style)
         groups = {"seen": icons.selected & ~hidden, "unseen": icons.selected & hidden}
         if style == data.BASE_STYLE:
-            # The base is trained on all chosen subjects; the classifier alone never saw the hidden ones.
+            # The base is trained on all chosen subjects; the classifier alone never saw the hidden
+            # ones.
             groups = {"seen": icons.selected}
         else:
             pipe.load_lora_weights(str(model / "adapters"), weight_name=f"{style}.safetensors")
@@ -129,7 +131,7 @@ def fidelity(
 
 
 def control(model: Path, icons: data.Icons, device: str, count: int = 64) -> dict[str, float]:
-    """Overlap (intersection over union) of a generated silhouette with the picture of the line art's subject.
+    """Overlap (intersection over union) of generated silhouettes with their subjects'.
 
     On subjects that the ControlNet never saw, with and without it, from the same seeds and prompts.
     """
@@ -156,9 +158,14 @@ def control(model: Path, icons: data.Icons, device: str, count: int = 64) -> dic
             ]
             with torch.inference_mode():
                 got = pipe(
-                    prompts[part], image=images[part], num_inference_steps=STEPS, guidance_scale=GUIDANCE,
-                    controlnet_conditioning_scale=scale, generator=generators, output_type="np",
-                )  # fmt: skip
+                    prompts[part],
+                    image=images[part],
+                    num_inference_steps=STEPS,
+                    guidance_scale=GUIDANCE,
+                    controlnet_conditioning_scale=scale,
+                    generator=generators,
+                    output_type="np",
+                )
             parts.append((got.images * 255).round().astype(np.uint8))
         mask = np.concatenate(parts).min(-1) < 235
         both, either = (mask & target).sum((1, 2)), (mask | target).sum((1, 2))

@@ -1,4 +1,4 @@
-"""Writes the trained networks as a model folder in diffusers layout, with adapters and ControlNet."""
+"""Writes the trained networks, adapters and ControlNet as a diffusers folder."""
 
 from __future__ import annotations
 

@@ -20,12 +20,14 @@ class Average:
 
     @torch.no_grad()
     def update(self, parameters: dict[str, nn.Parameter], step: int) -> None:
+        """Take in the weights after `step`."""
         decay = min(self.decay, (1 + step) / (10 + step))
         live = [parameters[name] for name in self.values]
         torch._foreach_lerp_(list(self.values.values()), live, 1 - decay)
 
     @torch.no_grad()
     def copy_to(self, parameters: dict[str, nn.Parameter]) -> None:
+        """Put the averaged weights in place of the live ones."""
         for name, value in self.values.items():
             parameters[name].copy_(value)
 
@@ -46,8 +48,9 @@ def train(
 ) -> None:
     """Minimise `loss_of_step` over `parameters` and leave the averaged weights in them.
 
-    Writes `folder/name.pt` every `checkpoint_seconds` and resumes from it. The learning rate warms up and
-    then falls along a cosine over the share of `steps` (or of `seconds`, whichever is further) already spent.
+    Writes `folder/name.pt` every `checkpoint_seconds` and resumes from it. The learning rate warms
+    up and then falls along a cosine over the share of `steps` (or of `seconds`, whichever is
+    further) already spent.
 
     Args:
         name: names the checkpoint and the progress lines.

@@ -62,7 +62,7 @@ BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 
 def train_tokenizer(captions: Iterable[str], folder: Path) -> None:
-    """Train CLIP's kind of byte-pair encoding on the captions and write `folder` as a CLIPTokenizer."""
+    """Train CLIP's kind of byte-pair encoding on the captions; write a tokenizer folder."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE(unk_token=EOS, end_of_word_suffix="</w>"))
@@ -101,12 +101,17 @@ def _clip_pattern() -> Any:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The CLIPTokenizer of `folder` (`vocab.json`, `merges.txt`), padding to `TEXT_LENGTH` tokens."""
+    """The CLIPTokenizer of `folder`, padding to `TEXT_LENGTH` tokens."""
     from transformers import CLIPTokenizer
 
     if (folder / "tokenizer_config.json").exists():
         return CLIPTokenizer.from_pretrained(folder)
     return CLIPTokenizer(
-        str(folder / "vocab.json"), str(folder / "merges.txt"),
-        bos_token=BOS, eos_token=EOS, unk_token=EOS, pad_token=EOS, model_max_length=TEXT_LENGTH,
-    )  # fmt: skip
+        str(folder / "vocab.json"),
+        str(folder / "merges.txt"),
+        bos_token=BOS,
+        eos_token=EOS,
+        unk_token=EOS,
+        pad_token=EOS,
+        model_max_length=TEXT_LENGTH,
+    )

@@ -13,9 +13,19 @@ from heatsink.models import networks
 from heatsink.models.diffusion import Bundle
 
 CONTACT_PROMPTS = (
-    "a red apple", "a penguin", "a sunflower", "a hamburger", "a tiger face", "a butterfly",
-    "a sailboat", "a rocket", "a grinning face", "a mushroom", "an octopus", "a guitar",
-)  # fmt: skip
+    "a red apple",
+    "a penguin",
+    "a sunflower",
+    "a hamburger",
+    "a tiger face",
+    "a butterfly",
+    "a sailboat",
+    "a rocket",
+    "a grinning face",
+    "a mushroom",
+    "an octopus",
+    "a guitar",
+)
 
 
 def pipeline(vae: Any, bundle: Bundle, controlnet: Any = None) -> Any:
@@ -57,9 +67,13 @@ def generate(
         kwargs = {k: v[start : start + 32] for k, v in more.items()}
         with torch.inference_mode():
             out = pipe(
-                part, num_inference_steps=steps, guidance_scale=guidance, generator=generators,
-                output_type="np", **kwargs,
-            )  # fmt: skip
+                part,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                generator=generators,
+                output_type="np",
+                **kwargs,
+            )
         pictures.append((out.images * 255).round().astype(np.uint8))
     return np.concatenate(pictures)
 

@@ -1,8 +1,8 @@
-"""Trains the bundled model from nothing: `python models/train.py all --work DIR --out models/emoji`.
+"""Trains the bundled model from nothing: `python models/train.py all --work DIR`.
 
-Stages in order: data, vae, base, decoder, lora (each brand), controlnet, export, evaluate. Each resumes from
-its checkpoint under `--work` and can be run alone. `--minutes` limits the wall-clock time of all the training
-together, shared out over the stages; a GPU is used where there is one.
+Stages in order: data, vae, base, decoder, lora (each brand), controlnet, export, evaluate. Each
+resumes from its checkpoint under `--work` and can be run alone. `--minutes` limits the wall-clock
+time of all the training together, shared out over the stages; a GPU is used where there is one.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+
 from heatsink.models import autoencoder, data, diffusion, export_model, networks, sampling
 
 # Shares of the time budget, and the steps that are enough where time is not the limit.
@@ -39,17 +40,20 @@ class Run:
         return {"steps": self.steps or STEPS[stage], "seconds": seconds}
 
     def tokenizer(self) -> Path:
+        """The tokenizer's folder, trained first where it is missing."""
         folder = self.work / "tokenizer"
         if not (folder / "tokenizer_config.json").exists():
             networks.train_tokenizer(export_model.all_captions(self.icons), folder)
         return folder
 
     def vae(self) -> Any:
+        """The trained autoencoder."""
         from diffusers import AutoencoderKL
 
         return AutoencoderKL.from_pretrained(self.work / "vae").to(self.device).eval()
 
     def bundle(self, trained: bool = True) -> diffusion.Bundle:
+        """Text encoder and UNet, with trained weights unless told otherwise."""
         bundle = diffusion.Bundle.new(self.tokenizer(), self.device)
         if trained:
             bundle.unet.load_state_dict(torch.load(self.work / "unet.pt", weights_only=True))
@@ -71,12 +75,14 @@ class Run:
 
 
 def train_vae(run: Run) -> None:
+    """Train the autoencoder."""
     limits = run.limits("vae")
     vae = autoencoder.train_vae(run.icons, run.work, run.device, **limits)
-    vae.save_pretrained(run.work / "vae")  # type: ignore[operator]
+    vae.save_pretrained(run.work / "vae")
 
 
 def train_base(run: Run) -> None:
+    """Train text encoder and UNet."""
     vae, bundle = run.vae(), run.bundle(trained=False)
     sample = run.sampler("base", vae, bundle)
     diffusion.train_base(run.icons, vae, bundle, run.work, sample=sample, **run.limits("base"))
@@ -85,12 +91,14 @@ def train_base(run: Run) -> None:
 
 
 def train_decoder(run: Run) -> None:
+    """Polish the decoder."""
     vae = run.vae()
     autoencoder.train_decoder(vae, run.icons, run.work, run.device, **run.limits("decoder"))
     vae.save_pretrained(run.work / "vae-final")
 
 
 def train_lora(run: Run, brand: str) -> None:
+    """Train a brand's LoRA."""
     vae, bundle = run.vae(), run.bundle()
     sample = run.sampler(brand, vae, bundle)
     diffusion.train_lora(
@@ -100,11 +108,12 @@ def train_lora(run: Run, brand: str) -> None:
 
 
 def train_controlnet(run: Run) -> None:
+    """Train the ControlNet."""
     vae, bundle = run.vae(), run.bundle()
     controlnet = diffusion.train_controlnet(
         run.icons, vae, bundle, run.work, sample=None, **run.limits("controlnet")
     )
-    controlnet.save_pretrained(run.work / "controlnet")  # type: ignore[operator]
+    controlnet.save_pretrained(run.work / "controlnet")
 
 
 @app.command()

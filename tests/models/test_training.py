@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -32,17 +31,24 @@ def _archive(path: Path, members: dict[str, object]) -> None:
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A work folder whose npm packages hold 36 emoji: a third in each subgroup, each of its own width."""
+    """A work folder whose npm packages hold 36 emoji: a third in each subgroup, each of its own
+    width.
+    """
     folder = tmp_path_factory.mktemp("training")
     (folder / "npm").mkdir()
     codes = [f"1f{600 + i}" for i in range(36)]
     emoji = [
         {
-            "label": f"thing {chr(97 + i % 26)}{i}", "hexcode": code.upper(), "tags": ["some", "thing"],
-            "group": 4, "subgroup": i % 3, "order": i, "version": 1,
+            "label": f"thing {chr(97 + i % 26)}{i}",
+            "hexcode": code.upper(),
+            "tags": ["some", "thing"],
+            "group": 4,
+            "subgroup": i % 3,
+            "order": i,
+            "version": 1,
         }
         for i, code in enumerate(codes)
-    ]  # fmt: skip
+    ]
     messages = {"subgroups": [{"order": i, "key": key} for i, key in enumerate(SUBGROUPS)]}
     for key, spec in data.PACKAGES.items():
         name, version = spec.lstrip("@").replace("/", "-").rsplit("@", 1)
@@ -61,9 +67,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def small_batches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("heatsink.models.diffusion.BATCH", 4)
-    yield
 
 
 def test_icons_line_up_over_styles_and_lie_on_white(work: Path) -> None:
@@ -74,7 +79,8 @@ def test_icons_line_up_over_styles_and_lie_on_white(work: Path) -> None:
         "food-fruit",
         "animal-mammal",
     }
-    # Icon 33 is 15 of 16 units wide: its right edge is white in every style, its left in the style's colour.
+    # Icon 33 is 15 of 16 units wide: its right edge is white in every style, its left in the
+    # style's colour.
     expected = [(255, 0, 0), (0, 128, 0), (0, 0, 255), (255, 165, 0), (0, 0, 0)]
     for style, colour in enumerate(expected):
         assert tuple(icons.pictures[33, style, 32, 10]) == colour
@@ -154,7 +160,8 @@ def test_loop_resumes_where_it_stopped(tmp_path: Path) -> None:
     for steps in (3, 6):
         parts = torch.nn.Parameter(torch.zeros(3))
         run(tmp_path / "parts", steps, parts)
-    # The same batches in the same order; only the learning rate's fall depends on the steps asked for.
+    # The same batches in the same order; only the learning rate's fall depends on the steps asked
+    # for.
     assert seen == draws
     state = torch.load(tmp_path / "parts" / "p.pt", weights_only=True)
     assert state["step"] == 6
