@@ -39,7 +39,8 @@ def pictures_of(
 ) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """The pictures of these subjects in every style but line art, uint8 `(N, SIZE, SIZE, 3)`."""
     styles = [i for i, style in enumerate(data.STYLES) if style != data.LINE_ART]
-    return icons.pictures[subjects][:, styles].reshape(-1, data.SIZE, data.SIZE, 3)
+    chosen: np.ndarray[Any, np.dtype[np.uint8]] = icons.pictures[subjects][:, styles]
+    return chosen.reshape(-1, data.SIZE, data.SIZE, 3)
 
 
 def gradient_loss(a: Tensor, b: Tensor) -> Tensor:
@@ -74,8 +75,9 @@ def train_vae(
             noise = torch.randn(mean.shape, generator=generator, device=device)
             y = vae.decode(mean + noise * torch.exp(0.5 * logvar)).sample.float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        total: Tensor = F.l1_loss(y, x) + 4 * F.mse_loss(y, x) + 0.3 * gradient_loss(y, x)
-        return total + 2e-5 * kl
+        total: Tensor = F.l1_loss(y, x) + 4 * F.mse_loss(y, x)
+        loss: Tensor = total + 0.3 * gradient_loss(y, x) + 2e-5 * kl
+        return loss
 
     @torch.no_grad()
     def sample(tag: str) -> None:

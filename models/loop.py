@@ -22,7 +22,7 @@ class Average:
     def update(self, parameters: dict[str, nn.Parameter], step: int) -> None:
         """Take in the weights after `step`."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        live = [parameters[name] for name in self.values]
+        live: list[Tensor] = [parameters[name] for name in self.values]
         torch._foreach_lerp_(list(self.values.values()), live, 1 - decay)
 
     @torch.no_grad()
