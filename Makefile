@@ -50,7 +50,7 @@ test-gpu: $(READY) ## the tests marked gpu, on a machine with a CUDA device
 coverage: $(READY) ## the tests, and the lines they never reach
 	OMP_NUM_THREADS=1 $(PYTEST) -n $(JOBS) --dist loadfile --benchmark-disable --cov --cov-report=term-missing:skip-covered $(ARGS)
 
-bench: $(READY) ## the measurements of bench/, one after the other
+bench: $(READY) ## the measurements of bench/, on the engine that make demo built
 	$(if $(BENCHES),,@echo "bench/ holds no measurement yet"; exit 1)
 	@set -e; for script in $(BENCHES); do echo "== $$script"; $(BIN)/python $$script; done
 
