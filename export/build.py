@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
+import math
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from heatsink.export import components, environment
+from heatsink.export import plan as planning
+from heatsink.export.donors import find_donors, take_over
 from heatsink.export.manifest import (
-    FILE_NAME,
     Artefact,
-    Component,
     Exactness,
     FusedAdapter,
-    KnownAnswer,
     Manifest,
-    Preflight,
     Range,
     Shapes,
     Source,
-    read_manifest,
 )
+from heatsink.export.staging import check_target, staging
 from heatsink.runtime.adapter_delta import fuse_model, scaled
 from heatsink.runtime.adapter_file import read_adapter
 from heatsink.runtime.digest import sha256_file
-from heatsink.runtime.errors import CallerError, EngineMismatch, InvalidRequest, NotBuilt, ResourceError
+from heatsink.runtime.errors import InvalidRequest, NonFiniteWeights, NotBuilt, NumericError
 from heatsink.runtime.model import Model
 
 Progress = Callable[[str, int, int], None]
+MAX_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -64,14 +61,22 @@ class Options:
             InvalidRequest: a value is out of range.
         """
         if self.backend != "onnxruntime":
-            raise NotBuilt(f"backend {self.backend!r} is not built yet; this version builds onnxruntime")
+            raise NotBuilt(
+                f"backend {self.backend!r} is not built yet; this version builds onnxruntime"
+            )
         if self.precision != "fp32":
             raise NotBuilt(
-                f"precision {self.precision!r} is not built yet for {self.backend}; this version builds fp32"
+                f"precision {self.precision!r} is not built yet for {self.backend}; "
+                "this version builds fp32"
             )
         low, best, high = self.batch
-        if not 1 <= low <= best <= high <= 256:
-            raise InvalidRequest(f"batch: expected 1 <= min <= opt <= max <= 256, got {self.batch}")
+        if not 1 <= low <= best <= high <= MAX_BATCH:
+            raise InvalidRequest(
+                f"batch: expected 1 <= min <= opt <= max <= {MAX_BATCH}, got {low}:{best}:{high}"
+            )
+        for path, scale in self.fuse:
+            if not math.isfinite(scale):
+                raise InvalidRequest(f"fuse: expected a finite scale for {path}, got {scale}")
 
 
 @dataclass
@@ -103,8 +108,8 @@ def build(
 ) -> Report:
     """Build the engine folder `out`, whole or not at all.
 
-    Components that an engine in `reuse` (or the one that stands at `out`) already holds, built of the same
-    weights with the same options and libraries, are taken over.
+    Components that an engine in `reuse` (or the one that stands at `out`) already holds, built of
+    the same weights with the same options and libraries, are taken over.
 
     Args:
         model: a diffusers folder, a single-file checkpoint, or an opened model.
@@ -114,166 +119,111 @@ def build(
         progress: called with (what is being done, done, total).
 
     Raises:
-        ModelError, UnsafeFile, AdapterError, NumericError: the model or an adapter can't be used.
+        ModelError, UnsafeFile, AdapterError, NonFiniteWeights: the model or an adapter can't be
+            used.
         NotBuilt, InvalidRequest: the options can't be built.
+        CallerError: `out` holds something else, or may not be written.
         ResourceError: no space is left.
     """
     options = options or Options()
     options.check()
     report = progress or (lambda what, done, total: None)
-    out = Path(out)
-    _check_target(out)
+    # Through a link, what it points to is replaced, not the link.
+    target = Path(out).resolve()
+    check_target(target)
     opened = model if isinstance(model, Model) else Model.open(model)
-    notes = list(opened.notes)
     opened.check()
-    opened.check_finite(lambda done, total: report("checking weights", done, total))
+    size = options.size or planning.default_size(opened)
+    planning.check_size(opened, size)
     opened, adapters = _fuse(opened, options.fuse)
-    size = options.size or components.default_size(opened)
-    components.check_size(opened, size)
+    _check_finite(opened, report)
     plans = {
-        name: components.plan(opened, name, size, options.batch[2], options.opset, options.precision, report)
+        name: planning.plan(
+            opened,
+            name,
+            size,
+            options.batch[2],
+            opset=options.opset,
+            precision=options.precision,
+            report=report,
+        )
         for name in opened.components
     }
-    donors = _donors([out, *reuse])
-    result = Report(out, None, notes=notes)  # type: ignore[arg-type]
-    with _staging(out, sum(plan.disk_bytes for plan in plans.values())) as folder:
-        built: dict[str, components.Built] = {}
+    donors, notes = find_donors(target, reuse)
+    built: dict[str, components.Built] = {}
+    reused = []
+    with staging(target, sum(plan.disk_bytes for plan in plans.values())) as folder:
         for name, plan in plans.items():
-            taken = _take_over(donors, plan, folder)
-            (result.reused if taken else result.built).append(name)
+            if taken := take_over(donors, plan, folder, options.strict):
+                reused.append(name)
             built[name] = taken or components.build(opened, plan, folder, options.strict, report)
-        files, source = _describe(opened, size, folder, plans)
-        manifest = _manifest(options, size, built, plans, files, source, adapters)
+        source = _source(opened, size, plans)
+        files = _copy_tokenizers(opened, source.tokenizers, folder)
+        manifest = _manifest(options, size, built, files, source, adapters)
         manifest.write(folder)
-        result.manifest = manifest
-    return result
+    made = [name for name in plans if name not in reused]
+    return Report(Path(out), manifest, made, reused, [*opened.notes, *notes])
 
 
-def _check_target(out: Path) -> None:
-    if out.exists() and not (out / FILE_NAME).is_file():
-        if not out.is_dir() or any(out.iterdir()):
-            raise CallerError(f"{out} exists and is not an engine folder; it is left as it is")
-
-
-@contextlib.contextmanager
-def _staging(out: Path, needed: int) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its place when the block ends well."""
+def _check_finite(model: Model, report: Progress) -> None:
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(out.parent).free
-    except OSError as error:
-        raise ResourceError(f"can't make {out.parent}: {error}") from error
-    if free < needed:
-        raise ResourceError(
-            f"{out.parent} has {free / 1e6:.0f} MB free; this engine needs about {needed / 1e6:.0f} MB"
-        )
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    old = folder.with_suffix(".replaced")
-    try:
-        yield folder
-        folder.chmod(0o755)
-        if out.exists():
-            out.rename(old)
-        folder.rename(out)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ResourceError(f"no space is left for {out}: nothing was written") from error
-        raise
-    finally:
-        if old.exists() and not out.exists():
-            old.rename(out)
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        model.check_finite(lambda done, total: report("checking weights", done, total))
+    except NumericError as error:
+        raise NonFiniteWeights(str(error)) from error
 
 
-def _fuse(
-    model: Model, fuse: Sequence[tuple[Path, float]]
-) -> tuple[Model, list[FusedAdapter]]:
+def _fuse(model: Model, fuse: Sequence[tuple[Path, float]]) -> tuple[Model, list[FusedAdapter]]:
     """The model with the adapters merged into its weights, from the pristine ones."""
     adapters, merged = [], []
     for path, scale in fuse:
         deltas = read_adapter(path, model)
         merged += scaled(deltas, scale)
+        digest = sha256_file(path)
         adapters.append(
-            FusedAdapter(name=Path(path).stem, sha256=sha256_file(path), scale=scale, keys=len(deltas))
+            FusedAdapter(name=Path(path).stem, sha256=digest, scale=scale, keys=len(deltas))
         )
     return (fuse_model(model, merged) if merged else model), adapters
 
 
-def _donors(folders: Sequence[str | Path]) -> list[tuple[Path, Manifest]]:
-    """Engines that can be read; one of another version or damaged is no donor."""
-    found = []
-    for folder in map(Path, folders):
-        with contextlib.suppress(EngineMismatch):
-            found.append((folder, read_manifest(folder)))
-    return found
+def _source(model: Model, size: tuple[int, int], plans: dict[str, planning.Plan]) -> Source:
+    unet, vae = model.config("unet"), model.config("vae_decoder")
+    names = [f"tokenizer_{index + 1}" for index in range(model.tokenizer_count)]
+    return Source(
+        name=model.path.stem if model.path.is_file() else model.path.resolve().name,
+        kind=model.kind,
+        digests={name: plan.source_digest for name, plan in plans.items()},
+        scheduler=model.scheduler_config,
+        text_encoders=[name for name in model.components if name.startswith("text_encoder")],
+        tokenizers=["tokenizer", *names[1:]],
+        added_conditions=["text_embeds", "time_ids"] if unet.get("addition_embed_type") else [],
+        latent_channels=vae.get("latent_channels", 4),
+        vae_factor=planning.vae_factor(model),
+        default_size=size,
+        force_zeros_for_empty_prompt=bool(model.settings.get("force_zeros_for_empty_prompt")),
+    )
 
 
-def _take_over(
-    donors: Sequence[tuple[Path, Manifest]], plan: components.Plan, folder: Path
-) -> components.Built | None:
-    """Copy the component of a donor that was built of the same parts, if its files are whole."""
-    for donor, manifest in donors:
-        component = manifest.components.get(plan.name)
-        if component is None or component.build_key != plan.key(manifest.exactness.mode == "strict"):
-            continue
-        if any(not _same_file(donor, a) for a in component.artefacts):
-            continue
-        for artefact in component.artefacts:
-            shutil.copyfile(donor / artefact.path, folder / artefact.path)
-        known = manifest.exactness.components[plan.name]
-        return components.Built(component, known, manifest.preflight.get(plan.name, Preflight()))
-    return None
-
-
-def _same_file(folder: Path, artefact: Artefact) -> bool:
-    path = folder / artefact.path
-    return path.is_file() and sha256_file(path) == artefact.sha256
-
-
-def _describe(
-    model: Model, size: tuple[int, int], folder: Path, plans: dict[str, components.Plan]
-) -> tuple[list[Artefact], Source]:
-    """Copy what the runtime needs besides the networks; the list of those files and the source's section."""
-    files, tokenizers = [], []
-    for index in range(model.tokenizer_count):
-        name = "tokenizer" if index == 0 else f"tokenizer_{index + 1}"
+def _copy_tokenizers(model: Model, names: Sequence[str], folder: Path) -> list[Artefact]:
+    """Copy the files of the tokenizers, which the runtime needs besides the networks."""
+    files = []
+    for index, name in enumerate(names):
         (folder / name).mkdir()
-        tokenizers.append(name)
         for path in sorted(model.tokenizer_folder(index).iterdir()):
             if path.is_file():
                 shutil.copyfile(path, folder / name / path.name)
                 files.append(components.artefact(folder, f"{name}/{path.name}"))
-    unet, vae = model.config("unet"), model.config("vae_decoder")
-    encoders = [name for name in model.components if name.startswith("text_encoder")]
-    source = Source(
-        name=model.path.stem if model.path.is_file() else model.path.name,
-        kind=model.kind,
-        digests={name: plan.source_digest for name, plan in plans.items()},
-        scheduler=model.scheduler_config,
-        text_encoders=encoders,
-        tokenizers=tokenizers,
-        added_conditions=["text_embeds", "time_ids"] if unet.get("addition_embed_type") else [],
-        latent_channels=vae.get("latent_channels", 4),
-        vae_factor=components.vae_factor(model),
-        default_size=size,
-        force_zeros_for_empty_prompt=bool(model.settings.get("force_zeros_for_empty_prompt", False)),
-    )
-    return files, source
+    return files
 
 
 def _manifest(
     options: Options,
     size: tuple[int, int],
     built: dict[str, components.Built],
-    plans: dict[str, components.Plan],
     files: list[Artefact],
     source: Source,
     adapters: list[FusedAdapter],
 ) -> Manifest:
     low, best, high = options.batch
-    parts: dict[str, Component] = {name: b.component for name, b in built.items()}
-    known: dict[str, KnownAnswer] = {name: b.known for name, b in built.items()}
     return Manifest(
         heatsink_version=environment.version(),
         backend="onnxruntime",
@@ -285,11 +235,13 @@ def _manifest(
             height=Range(min=size[0], opt=size[0], max=size[0]),
             width=Range(min=size[1], opt=size[1], max=size[1]),
         ),
-        components=parts,
+        components={name: b.component for name, b in built.items()},
         files=files,
-        precisions={name: part.precision for name, part in parts.items()},
+        precisions={name: b.component.precision for name, b in built.items()},
         adapters=adapters,
-        exactness=Exactness(mode="strict" if options.strict else "fast", components=known),
+        exactness=Exactness(
+            mode="strict" if options.strict else "fast",
+            components={name: b.known for name, b in built.items()},
+        ),
         preflight={name: b.preflight for name, b in built.items()},
     )
-

@@ -1,8 +1,9 @@
 """Measures in which batch sizes a component gives a row the same bits, and records a known answer.
 
-Library kernels choose their blocking by the whole problem, so a row's bits may change with the batch. A seeded
-probe is run in every bucket, each row at two places with different neighbours; the buckets that agree in every
-bit of every row form a class, and an engine runs one class only.
+Library kernels choose their blocking by the whole problem, so a row's bits may change with the
+batch. A seeded probe is run in every bucket twice, with rows at two places and among different
+neighbours; the buckets that agree in every bit of every row form a class, and an engine runs one
+class only.
 """
 
 from __future__ import annotations
@@ -27,22 +28,21 @@ def bucket_sizes(largest: int) -> list[int]:
 
 
 def probe(inputs: list[TensorSpec], rows: int, seed: int) -> dict[str, Array]:
-    """`rows` different rows of seeded values for the inputs; row r does not depend on how many there are.
+    """`rows` different rows of seeded values; row r does not depend on how many there are.
 
-    All dimensions but the first are those of the engine: a later one that is symbolic is not built yet.
-
+    All dimensions but the first are those of the engine: symbolic later ones are not built yet.
     Floats are standard normal (timesteps: whole numbers below 1000), integers are below 256.
     """
     out: dict[str, Array] = {}
     for position, spec in enumerate(inputs):
         shape = [int(size) for size in spec.shape[1:]]
-        values = []
+        values: list[Array] = []
         for row in range(rows):
             rng = np.random.Generator(np.random.Philox(key=[seed, position * 65_536 + row]))
             if spec.dtype == "int64":
                 values.append(rng.integers(0, 256, shape))
             elif spec.name == "timestep":
-                values.append(np.float32(rng.integers(0, 1000)))
+                values.append(np.array(rng.integers(0, 1000), np.float32))
             else:
                 values.append(rng.standard_normal(shape).astype(spec.dtype))
         out[spec.name] = np.stack(values)
@@ -55,21 +55,27 @@ def row_answers(outputs: Mapping[str, Array]) -> list[str]:
     for name in sorted(outputs):
         result = fingerprint(torch.from_numpy(np.ascontiguousarray(outputs[name])))
         if int(result.nonfinite.sum()):
-            raise NumericError(f"output {name!r} holds {int(result.nonfinite.sum())} non-finite values")
+            raise NumericError(
+                f"output {name!r} holds {int(result.nonfinite.sum())} non-finite values"
+            )
         digest = result.digest.numpy().view(np.uint64)
         total = digest if total is None else total + digest
     assert total is not None
     return [f"{int(value):016x}" for value in total]
 
 
-def _answers_in(session: Session, values: Mapping[str, Array], bucket: int, turn: int) -> list[str]:
-    """Answers of rows 0 to `bucket` - 1, run at once in an order rotated by `turn`."""
-    order = np.roll(np.arange(bucket), turn)
-    found = row_answers(session.run({name: value[order] for name, value in values.items()}))
-    answers = [""] * bucket
-    for place, row in enumerate(order):
-        answers[row] = found[place]
-    return answers
+def _answers_in(session: Session, values: Mapping[str, Array], bucket: int) -> list[str] | None:
+    """Answers of rows 0 to `bucket` - 1, run at once; None if they depend on place or neighbours.
+
+    A second run holds the later half of them at the earlier places, with strangers at the later
+    ones: so every place is compared with another, and half of the neighbours are new.
+    """
+    half = bucket // 2
+    first, second = (
+        row_answers(session.run({name: value[rows] for name, value in values.items()}))
+        for rows in (slice(0, bucket), slice(half, half + bucket))
+    )
+    return first if first[half:] == second[: bucket - half] else None
 
 
 def measure(
@@ -83,19 +89,19 @@ def measure(
     Raises:
         EngineMismatch: no batch size gives a row the same bits at two places.
     """
-    values = probe(inputs, largest, PROBE_SEED)
+    values = probe(inputs, largest + largest // 2, PROBE_SEED)
     sizes = bucket_sizes(largest)
     found: dict[int, list[str]] = {}
     for done, bucket in enumerate(sizes):
-        answers = _answers_in(session, values, bucket, 0)
-        if bucket == 1 or answers == _answers_in(session, values, bucket, bucket // 2):
+        answers = _answers_in(session, values, bucket)
+        if answers is not None:
             found[bucket] = answers
         if progress:
             progress(done + 1, len(sizes))
     if not found:
         raise EngineMismatch(
-            f"{session.name}: no batch size up to {largest} gives a row the same bits at another place; "
-            "build with --fast to do without exactness"
+            f"{session.name}: no batch size up to {largest} gives a row the same bits at another "
+            "place; build with --fast to do without exactness"
         )
     # Two buckets agree where their common rows do; agreement with the larger one makes a class.
     classes = [
@@ -121,7 +127,7 @@ def check(session: Session, inputs: list[TensorSpec], known: KnownAnswer, bucket
     wrong = [row for row in range(bucket) if found[row] != known.answers[row]]
     if wrong:
         raise EngineMismatch(
-            f"{session.name}: batch {bucket} does not give the known answer here (rows {wrong[:8]}); "
-            "results would not be the ones this engine was built for. Build it again on this machine "
-            "with `heatsink build MODEL -o ENGINE`"
+            f"{session.name}: batch {bucket} does not give the known answer here (rows "
+            f"{wrong[:8]}); results would not be the ones this engine was built for. Build it "
+            "again on this machine with `heatsink build MODEL -o ENGINE`"
         )

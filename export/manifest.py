@@ -1,16 +1,24 @@
 """The versioned description of an engine folder: `manifest.json`.
 
-Every later capability fills a section that is already here; fields are added, never renamed. A reader refuses a
-manifest of another `schema_version` (the number changes only where an old engine can no longer be run).
+Every later capability fills a section that is already here; fields are added, never renamed. A
+reader refuses a manifest of another `schema_version` (the number changes only where an old engine
+can no longer be run).
 """
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from heatsink.runtime.digest import canonical_json, sha256_bytes
 from heatsink.runtime.errors import EngineMismatch
@@ -23,6 +31,16 @@ Backend = Literal["torch", "onnxruntime", "tensorrt", "tensorrt-rtx"]
 Precision = Literal["fp32", "bf16", "fp16", "fp8"]
 
 
+def _inside(value: str) -> str:
+    path = PurePosixPath(value)
+    if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in value:
+        raise ValueError(f"expected a path inside the engine folder, got {value!r}")
+    return value
+
+
+Inside = Annotated[str, AfterValidator(_inside)]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -30,7 +48,7 @@ class _Section(BaseModel):
 class Artefact(_Section):
     """A file of the engine folder."""
 
-    path: str
+    path: Inside
     sha256: Sha256
     bytes: int = Field(ge=0)
 
@@ -68,7 +86,7 @@ class Source(_Section):
 
 
 class Parity(_Section):
-    """The component's error against PyTorch in float32 on one probe batch, and what was allowed."""
+    """The component's error against PyTorch in float64 on one probe batch, and what was allowed."""
 
     max_abs: float
     reference_max_abs: float
@@ -79,8 +97,8 @@ class Parity(_Section):
 class Component(_Section):
     """One network: its files, its interface, and where each of its initialisers came from.
 
-    `origins` is the JSON file `{initialiser: [[parameter, slice, transform], ...]}`; `build_key` digests all
-    that decided the files, so that an equal component need not be built again.
+    `origins` is the JSON file `{initialiser: [[parameter, slice, transform], ...]}`; `build_key`
+    digests all that decided the files, so that an equal component need not be built again.
     """
 
     artefacts: list[Artefact]
@@ -94,6 +112,14 @@ class Component(_Section):
     source_digest: Sha256
     build_key: Sha256
     parity: Parity
+
+    @model_validator(mode="after")
+    def _files_are_listed(self) -> Self:
+        listed = {artefact.path for artefact in self.artefacts}
+        for name in (self.graph, self.origins):
+            if name not in listed:
+                raise ValueError(f"{name!r} is not among the artefacts {sorted(listed)}")
+        return self
 
 
 class Shapes(_Section):
@@ -124,14 +150,26 @@ class FusedAdapter(_Section):
 class KnownAnswer(_Section):
     """Which batch sizes give a row the same bits, and the fingerprints of a seeded probe's rows.
 
-    `buckets` are the batch sizes that the engine may run; `answers[r]` is the 64-bit fingerprint (hex) of row
-    `r` of the probe, whichever of the buckets ran it. `refused` are those that answered otherwise.
+    `buckets` are the batch sizes that the engine may run, ascending; `answers[r]` is the 64-bit
+    fingerprint (hex) of row `r` of the probe, whichever of the buckets ran it (none in fast mode).
+    `refused` are those that answered otherwise.
     """
 
-    buckets: list[int]
+    buckets: list[int] = Field(min_length=1)
     refused: list[int] = []
-    probe_seed: int
-    answers: list[str]
+    probe_seed: int = Field(ge=0)
+    answers: list[Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]]
+
+    @model_validator(mode="after")
+    def _answers_cover_buckets(self) -> Self:
+        if self.buckets != sorted(set(self.buckets)) or self.buckets[0] < 1:
+            raise ValueError(f"buckets: expected ascending positive numbers, got {self.buckets}")
+        if self.answers and len(self.answers) != self.buckets[-1]:
+            raise ValueError(
+                f"answers: expected one for each of {self.buckets[-1]} rows, "
+                f"got {len(self.answers)}"
+            )
+        return self
 
 
 class Exactness(_Section):
@@ -139,6 +177,13 @@ class Exactness(_Section):
 
     mode: Literal["strict", "fast"]
     components: dict[str, KnownAnswer]
+
+    @model_validator(mode="after")
+    def _strict_has_answers(self) -> Self:
+        missing = [name for name, known in self.components.items() if not known.answers]
+        if self.mode == "strict" and missing:
+            raise ValueError(f"a strict engine needs known answers, {missing} have none")
+        return self
 
 
 class Preflight(_Section):
@@ -170,6 +215,17 @@ class Manifest(_Section):
     exactness: Exactness
     preflight: dict[str, Preflight] = {}
 
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        names = set(self.components)
+        for section, found in (
+            ("exactness", set(self.exactness.components)),
+            ("precisions", set(self.precisions)),
+        ):
+            if found != names:
+                raise ValueError(f"{section}: expected {sorted(names)}, got {sorted(found)}")
+        return self
+
     @property
     def digest(self) -> str:
         """SHA-256 of the canonical JSON: what a receipt names as the engine."""
@@ -189,15 +245,18 @@ def read_manifest(folder: Path) -> Manifest:
     """Read and check `folder/manifest.json`.
 
     Raises:
-        EngineMismatch: there is none, it is not JSON, of another schema version, or does not fit the schema.
+        EngineMismatch: there is none, it is not JSON, of another schema version, or does not fit
+            the schema.
     """
     path = folder / FILE_NAME
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise EngineMismatch(f"{folder} is not an engine folder: it holds no {FILE_NAME}") from None
-    except (NotADirectoryError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise EngineMismatch(f"{path} is damaged: {error}") from None
+    except (FileNotFoundError, NotADirectoryError):
+        what = f"holds no {FILE_NAME}" if folder.is_dir() else "is not a folder"
+        raise EngineMismatch(f"{folder} is not an engine folder: it {what}") from None
+    # ValueError: not UTF-8, or not JSON.
+    except (OSError, ValueError, RecursionError) as error:
+        raise EngineMismatch(f"{path} is damaged or can't be read: {error}") from None
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if version != SCHEMA_VERSION:
         raise EngineMismatch(
@@ -207,4 +266,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         return Manifest.model_validate(raw)
     except ValidationError as error:
-        raise EngineMismatch(f"{path} does not fit the manifest's schema: {error}") from None
+        faults = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:4]]
+        raise EngineMismatch(
+            f"{path} does not fit the manifest's schema: {'; '.join(faults)}"
+        ) from None

@@ -11,9 +11,10 @@ from heatsink.runtime.backends.onnxruntime import OnnxRuntimeSession
 from heatsink.runtime.backends.session import Array, Session
 from heatsink.runtime.buckets import run_rows
 from heatsink.runtime.digest import sha256_file
-from heatsink.runtime.engine import Engine, EngineSpec
+from heatsink.runtime.engine import Engine
 from heatsink.runtime.errors import EngineMismatch, NotBuilt
 from heatsink.runtime.schedule import ScheduleConfig
+from heatsink.runtime.spec import EngineSpec
 from heatsink.runtime.text import Tokenizer
 
 REBUILD = "build it again with `heatsink build MODEL -o ENGINE`"
@@ -25,9 +26,7 @@ class OpenComponent:
     A bucket is checked against the known answer before its first use; until then it is not trusted.
     """
 
-    def __init__(
-        self, session: Session, component: Component, known: KnownAnswer
-    ) -> None:
+    def __init__(self, session: Session, component: Component, known: KnownAnswer) -> None:
         self._session, self._component, self._known = session, component, known
         self._checked: set[int] = set()
 
@@ -46,6 +45,7 @@ class OpenComponent:
         self.check(min(self._known.buckets))
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run the rows of `inputs` and return the outputs' rows, in order."""
         return run_rows(self._session, inputs, self._known.buckets, before=self.check)
 
 
@@ -118,8 +118,8 @@ def open_engine(
         progress: called with (component, components opened, components in all).
 
     Raises:
-        EngineMismatch: no engine folder, another version, a damaged file, or other answers than when it was
-            built (another library or processor).
+        EngineMismatch: no engine folder, another version, a damaged file, or other answers than
+            when it was built (another library or processor).
         NotBuilt: its backend can't be opened by this version.
         MissingDependency: the backend's library is not installed.
     """

@@ -24,7 +24,7 @@ __all__ = ["Engine", "Request", "__version__", "build", "load"]
 
 _LAZY = {
     "Engine": "heatsink.runtime.engine",
-    "EngineSpec": "heatsink.runtime.engine",
+    "EngineSpec": "heatsink.runtime.spec",
     "Manifest": "heatsink.export.manifest",
     "Model": "heatsink.runtime.model",
     "Options": "heatsink.export.build",

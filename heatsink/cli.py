@@ -3,160 +3,170 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
+import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from heatsink import console
+from heatsink import console, flags
 from heatsink.runtime.errors import HeatsinkError, InvalidRequest, NotBuilt
+
+if TYPE_CHECKING:
+    from heatsink.export.manifest import Manifest
+    from heatsink.runtime.result import Result
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__
 )
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """`512x768` (height x width) or `512` as a pair of pixels."""
-    parts = text.lower().split("x")
-    if ":" in text:
-        raise NotBuilt(f"--size {text}: a range of sizes is not built yet; name one, such as 512x512")
-    if len(parts) > 2 or not all(part.isdigit() for part in parts):
-        raise InvalidRequest(f"--size: expected HEIGHTxWIDTH, such as 512x512, got {text!r}")
-    return int(parts[0]), int(parts[-1])
-
-
-def parse_batch(text: str) -> tuple[int, int, int]:
-    """`MIN:OPT:MAX`, or one number for the largest, as a triple of rows."""
-    parts = text.split(":")
-    if len(parts) not in (1, 3) or not all(part.isdigit() for part in parts):
-        raise InvalidRequest(f"--batch: expected MIN:OPT:MAX, such as 1:8:16, got {text!r}")
-    low, best, high = (1, int(parts[0]), int(parts[0])) if len(parts) == 1 else map(int, parts)
-    return low, best, high
-
-
-def parse_adapter(text: str) -> tuple[Path, float]:
-    """`FILE:SCALE` or `FILE` (scale 1)."""
-    path, _, scale = text.rpartition(":")
-    if not path:
-        return Path(text), 1.0
-    try:
-        return Path(path), float(scale)
-    except ValueError:
-        raise InvalidRequest(f"--fuse: expected FILE:SCALE, such as noto.safetensors:0.8, got {text!r}") from None
-
-
 @app.command()
 def build(
-    model: Annotated[Path, typer.Argument(help="a diffusers folder, or a single-file checkpoint (SD1.5, SDXL)")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="the engine folder to write")],
-    backend: Annotated[str, typer.Option(help="onnxruntime (torch, tensorrt, tensorrt-rtx: not yet)")] = "onnxruntime",
-    batch: Annotated[str, typer.Option(help="rows of a UNet batch, MIN:OPT:MAX")] = "1:8:16",
-    size: Annotated[str, typer.Option(help="HEIGHTxWIDTH in pixels; the model's own by default")] = "",
-    precision: Annotated[str, typer.Option(help="fp32 (bf16, fp16, fp8: not yet)")] = "fp32",
-    fuse: Annotated[list[str] | None, typer.Option(help="FILE:SCALE, a LoRA to merge; may be repeated")] = None,
-    adapters: Annotated[str, typer.Option(help="SLOTSxRANK adapter ports (not yet)")] = "",
-    controlnet: Annotated[str, typer.Option(help="a ControlNet folder (not yet)")] = "",
-    arch: Annotated[str, typer.Option(help="GPU architectures (not yet)")] = "",
-    opset: Annotated[int, typer.Option(help="of the ONNX files; 0: the default")] = 0,
-    strict: Annotated[bool, typer.Option("--strict/--fast", help="use only batch sizes that agree bit by bit")] = True,
-    reuse: Annotated[list[Path] | None, typer.Option(help="an engine to take equal components from")] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="of a single-file checkpoint: its tokenizer's folder")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress bars")] = False,
-) -> None:  # fmt: skip
+    model: flags.Model,
+    out: flags.EngineOut,
+    backend: flags.Backend = "onnxruntime",
+    batch: flags.Batch = "1:8:16",
+    size: flags.BuildSize = "",
+    precision: flags.Precision = "fp32",
+    fuse: flags.Fuse = None,
+    adapters: flags.Adapters = "",
+    controlnet: flags.ControlNet = "",
+    arch: flags.Arch = "",
+    opset: flags.Opset = 0,
+    strict: flags.Strict = True,
+    reuse: flags.Reuse = None,
+    tokenizer: flags.TokenizerFolder = None,
+    quiet: flags.Quiet = False,
+) -> None:
     """Build an engine folder out of a model."""
-    for flag, value in (("--adapters", adapters), ("--controlnet", controlnet), ("--arch", arch)):
+    for flag, value in (("adapters", adapters), ("controlnet", controlnet), ("arch", arch)):
         if value:
-            raise NotBuilt(f"{flag} {value}: not built yet by this version")
+            raise NotBuilt(f"--{flag} {value}: not built yet by this version")
+    fields: dict[str, Any] = {
+        "backend": backend,
+        "batch": flags.parse_batch(batch),
+        "size": flags.parse_size(size),
+        "precision": precision,
+        "fuse": tuple(flags.parse_adapter(text) for text in fuse or ()),
+        "strict": strict,
+        "opset": opset or None,
+    }
+    _build(model, out, fields, reuse or (), tokenizer, quiet)
+
+
+def _build(
+    model: Path,
+    out: Path,
+    fields: dict[str, Any],
+    reuse: list[Path] | tuple[()],
+    tokenizer: Path | None,
+    quiet: bool,
+) -> None:
     from heatsink.export.build import Options
     from heatsink.export.build import build as build_engine
     from heatsink.runtime.model import Model
 
-    options = Options(
-        backend=backend,
-        batch=parse_batch(batch),
-        size=parse_size(size) if size else None,
-        precision=precision,
-        fuse=tuple(parse_adapter(text) for text in fuse or ()),
-        strict=strict,
-        opset=opset or None,
-    )
+    options = Options(**fields)
     options.check()
+    opened = Model.open(model, tokenizer=tokenizer)
     with console.quiet_libraries(), console.bars(quiet) as progress:
-        opened = Model.open(model, tokenizer=tokenizer)
-        report = build_engine(opened, out, options, reuse=reuse or (), progress=progress)
-    say = console.console().print
+        report = build_engine(opened, out, options, reuse=reuse, progress=progress)
     for note in report.notes:
-        say(f"note: {note}")
-    say(f"built {', '.join(report.built) or 'nothing'}; reused {', '.join(report.reused) or 'nothing'}")
+        console.note(note)
+    made, reused = (", ".join(names) or "nothing" for names in (report.built, report.reused))
+    console.console().print(f"built {made}; reused {reused}")
     print(f"{out}  engine {report.manifest.digest}")
 
 
 @app.command()
 def generate(
-    prompt: Annotated[list[str], typer.Argument(help="what to draw; several prompts share a batch")],
-    engine: Annotated[Path, typer.Option(help="the engine folder")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="where the pictures go")] = Path("out"),
-    count: Annotated[int, typer.Option("-n", help="pictures of each prompt, with seeds SEED, SEED+1, ...")] = 1,
-    negative: Annotated[str, typer.Option(help="what to keep away from")] = "",
-    image: Annotated[Path | None, typer.Option(help="start from this picture")] = None,
-    strength: Annotated[float | None, typer.Option(help="with --image: share of the steps that is run, 0.8 by default")] = None,
-    seed: Annotated[int, typer.Option(help="of the first picture")] = 0,
-    steps: Annotated[int, typer.Option(help="denoising steps")] = 20,
-    guidance: Annotated[float, typer.Option(help="scale of classifier-free guidance; 1: off")] = 5.0,
-    scheduler: Annotated[str, typer.Option(help="euler, dpm++2m, ddim or lcm")] = "dpm++2m",
-    size: Annotated[str, typer.Option(help="HEIGHTxWIDTH in pixels")] = "",
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress bars")] = False,
-) -> None:  # fmt: skip
+    prompt: flags.Prompt,
+    engine: flags.Engine,
+    out: flags.PicturesOut = Path("out"),
+    count: flags.Count = 1,
+    negative: flags.Negative = "",
+    image: flags.StartImage = None,
+    strength: flags.Strength = None,
+    seed: flags.Seed = 0,
+    steps: flags.Steps = 20,
+    guidance: flags.Guidance = 5.0,
+    scheduler: flags.Sampler = "dpm++2m",
+    size: flags.Size = "",
+    quiet: flags.Quiet = False,
+) -> None:
     """Make pictures with an engine; writes PNGs and `receipts.json`."""
-    import heatsink
-
     if count < 1:
         raise InvalidRequest(f"-n: expected at least 1, got {count}")
-    start = _open_image(image) if image else None
     prompts = [text for text in prompt for _ in range(count)]
-    with console.bars(quiet) as progress:
-        opened = heatsink.load(engine, progress=lambda _, done, total: progress("opening", done, total))
-        result = opened.generate(
-            prompts,
-            negative_prompt=negative,
-            image=start,
-            strength=strength,
-            seed=seed,
-            steps=steps,
-            guidance=guidance,
-            scheduler=scheduler,
-            size=parse_size(size) if size else None,
-            progress=progress,
-        )
+    fields: dict[str, Any] = {
+        "negative_prompt": negative,
+        "image": _open_image(image) if image else None,
+        "strength": strength,
+        "seed": seed,
+        "steps": steps,
+        "guidance": guidance,
+        "scheduler": scheduler,
+        "size": flags.parse_size(size),
+    }
+    result = _generate(engine, prompts, fields, quiet)
+    for note in dict.fromkeys(note for receipt in result.receipts for note in receipt.notes):
+        console.note(note)
     paths = result.save(out)
     _write_receipts(out, paths, result)
     for path in paths:
         print(path)
 
 
+def _generate(engine: Path, prompts: list[str], fields: dict[str, Any], quiet: bool) -> Result:
+    import heatsink
+    from heatsink.runtime.arguments import make_requests
+    from heatsink.runtime.text import PromptTruncated
+
+    # A wrong value is told before the engine is opened.
+    make_requests(prompts, **fields)
+    with console.quiet_libraries(diffusers=False), warnings.catch_warnings():
+        # The caller says it, once for each text.
+        warnings.simplefilter("ignore", PromptTruncated)
+        with console.bars(quiet) as progress:
+            opened = heatsink.load(
+                engine, progress=lambda _, done, total: progress("opening", done, total)
+            )
+            return opened.generate(prompts, progress=progress, **fields)
+
+
 def _open_image(path: Path) -> Any:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         with Image.open(path) as image:
             image.load()
             return image
-    except (OSError, UnidentifiedImageError) as error:
+    # Pillow raises these on files that are cut off, of no known format, or too large to be honest.
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InvalidRequest(f"--image: {path} can't be read as a picture: {error}") from None
 
 
-def _write_receipts(out: Path, paths: list[Path], result: Any) -> None:
+def _write_receipts(out: Path, paths: list[Path], result: Result) -> None:
+    from heatsink.runtime.files import write_whole
+
     entries = [
-        {"file": path.name, "request": request.model_dump(mode="json"), "receipt": receipt.as_dict()}
+        {
+            "file": path.name,
+            "request": request.model_dump(mode="json"),
+            "receipt": receipt.as_dict(),
+        }
         for path, request, receipt in zip(paths, result.requests, result.receipts, strict=True)
     ]
-    (out / "receipts.json").write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(entries, indent=2) + "\n"
+    write_whole(out / "receipts.json", lambda file: file.write(text.encode()))
 
 
 @app.command()
-def inspect(engine: Annotated[Path, typer.Argument(help="the engine folder")]) -> None:
+def inspect(engine: flags.EngineFolder) -> None:
     """Print what an engine is: its components, shapes, exactness and parity."""
     from rich.console import Console
     from rich.table import Table
@@ -164,16 +174,35 @@ def inspect(engine: Annotated[Path, typer.Argument(help="the engine folder")]) -
     from heatsink.export.manifest import read_manifest
 
     manifest = read_manifest(engine)
-    table = Table(title=f"{manifest.source.name} · {manifest.backend} · {manifest.digest[:16]}")
-    for column in ("component", "parameters", "MB", "precision", "batches", "error", "allowed"):
-        table.add_column(column, justify="left" if column == "component" else "right")
+    table = Table(
+        title=f"{manifest.source.name} · {manifest.backend} · {manifest.digest[:16]}",
+        caption=_caption(manifest),
+    )
+    table.add_column("component")
+    for column in ("parameters", "MB", "precision", "batches", "error", "allowed"):
+        table.add_column(column, justify="right")
     for name, part in manifest.components.items():
-        known = manifest.exactness.components[name]
         table.add_row(
-            name, f"{part.parameters:,}", f"{sum(a.bytes for a in part.artefacts) / 1e6:.1f}", part.precision,
-            ",".join(map(str, known.buckets)), f"{part.parity.max_abs:.1e}", f"{part.parity.allowed:.1e}",
-        )  # fmt: skip
+            name,
+            f"{part.parameters:,}",
+            f"{sum(a.bytes for a in part.artefacts) / 1e6:.1f}",
+            part.precision,
+            ",".join(map(str, manifest.exactness.components[name].buckets)),
+            f"{part.parity.max_abs:.1e}",
+            f"{part.parity.allowed:.1e}",
+        )
     Console().print(table)
+
+
+def _caption(manifest: Manifest) -> str:
+    height, width = manifest.source.default_size
+    fused = ", ".join(f"{a.name}:{a.scale:g}" for a in manifest.adapters) or "none"
+    batch = manifest.shapes.batch
+    return (
+        f"{height}x{width} pixels, batch {batch.min}:{batch.opt}:{batch.max}, "
+        f"{manifest.exactness.mode}; fused adapters: {fused}; "
+        f"heatsink {manifest.heatsink_version}, built on {manifest.device}"
+    )
 
 
 @app.command()
@@ -184,24 +213,35 @@ def version() -> None:
     print(heatsink.__version__)
 
 
+_INTERRUPTED = 128 + signal.SIGINT
+
+
+def _terminated(signum: int, frame: FrameType | None) -> None:
+    # An exception, so that what is half-written is taken away as after Ctrl-C.
+    sys.exit(128 + signum)
+
+
 def main() -> None:
     """Run the command line; errors are one line, with exit code 2 for the caller's mistakes."""
+    signal.signal(signal.SIGTERM, _terminated)
     try:
-        app(standalone_mode=False)
+        # The library makes a number or an Abort of Ctrl-C, by its version.
+        code = app(standalone_mode=False)
     except HeatsinkError as error:
         print(f"heatsink: {type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except typer.Abort:
-        sys.exit(130)
-    except KeyboardInterrupt:
-        print("heatsink: interrupted; nothing half-written is left", file=sys.stderr)
-        sys.exit(130)
+    except (typer.Abort, KeyboardInterrupt):
+        code = _INTERRUPTED
     except Exception as error:
-        # Click's own complaints about flags and arguments.
-        if hasattr(error, "format_message"):
-            print(f"heatsink: {error.format_message()}", file=sys.stderr)
-            sys.exit(2)
-        raise
+        # The library's own complaints about flags and arguments; empty where it printed the help.
+        if not hasattr(error, "format_message"):
+            raise
+        if message := error.format_message():
+            print(f"heatsink: {message}", file=sys.stderr)
+        sys.exit(2)
+    if code == _INTERRUPTED:
+        print("heatsink: interrupted; nothing half-written is left", file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
+
+_LIBRARIES = ("diffusers", "onnxscript", "torch", "transformers")
+# Read when the library is imported, which may be later than now.
+_QUIET = {
+    "DIFFUSERS_VERBOSITY": "error",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
 
 
 def console() -> Console:
@@ -19,8 +33,14 @@ def console() -> Console:
     return Console(stderr=True, highlight=False)
 
 
+def note(text: str) -> None:
+    """Tell the user something worth knowing."""
+    # A prompt may hold square brackets, which are the library's markup.
+    console().print(f"note: {text}", markup=False)
+
+
 class Bars:
-    """One progress bar for each thing being done, made when it is first reported."""
+    """One progress bar for each thing being done, shown when it is first reported."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -28,6 +48,8 @@ class Bars:
 
     def __call__(self, what: str, done: int, total: int) -> None:
         """Show that `done` of `total` parts of `what` are done."""
+        # Idempotent; started here, since a display without bars would still print a blank line.
+        self._progress.start()
         if what not in self._tasks:
             self._tasks[what] = self._progress.add_task(what, total=total)
         self._progress.update(self._tasks[what], completed=done, total=total)
@@ -39,27 +61,48 @@ def bars(quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
     if quiet:
         yield lambda what, done, total: None
         return
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich import progress as rich
 
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(), TimeRemainingColumn(), console=console(),
-    ) as progress:  # fmt: skip
+    columns = (
+        rich.TextColumn("{task.description}"),
+        rich.BarColumn(),
+        rich.TextColumn("{task.percentage:>3.0f}%"),
+        rich.TimeElapsedColumn(),
+        rich.TimeRemainingColumn(),
+    )
+    progress = rich.Progress(*columns, console=console())
+    try:
         yield Bars(progress)
+    finally:
+        if progress.live.is_started:
+            progress.stop()
 
 
 @contextlib.contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Hold back what the model libraries write about themselves; our own warnings stay."""
-    from transformers.utils import logging as transformers_logging
+def quiet_libraries(*, diffusers: bool = True) -> Iterator[None]:
+    """Hold back what the model libraries write about themselves; our own warnings stay.
 
-    import diffusers.utils.logging as diffusers_logging
+    Args:
+        diffusers: whether the block uses it; importing it takes seconds.
+    """
+    with mock.patch.dict(os.environ, _QUIET), warnings.catch_warnings():
+        for name in _LIBRARIES:
+            warnings.filterwarnings("ignore", module=rf"{name}($|\.)")
+        levels = {name: logging.getLogger(name).level for name in _LIBRARIES}
+        for name in _LIBRARIES:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        _hide_bars(diffusers)
+        try:
+            yield
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    diffusers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
-    with warnings.catch_warnings():
-        for module in ("torch", "transformers", "diffusers", "onnxscript"):
-            warnings.filterwarnings("ignore", module=rf"{module}($|\.)")
-        yield
+
+def _hide_bars(diffusers: bool) -> None:
+    """Turn off the libraries' own progress bars."""
+    if diffusers:
+        import_module("diffusers.utils.logging")
+    for name in ("diffusers.utils.logging", "transformers.utils.logging"):
+        if name in sys.modules:
+            sys.modules[name].disable_progress_bar()

@@ -1,8 +1,8 @@
-"""Runs any number of rows in the batch sizes (buckets) that are known to give a row the same bits."""
+"""Runs any number of rows in the batch sizes (buckets) that give a row the same bits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import numpy as np
 
@@ -29,6 +29,18 @@ def plan(rows: int, buckets: Sequence[int]) -> list[int]:
     return sorted(best[rows][2], reverse=True)
 
 
+def alike(keys: Sequence[Hashable]) -> list[list[int]]:
+    """The places of equal keys together, in order of first appearance.
+
+    >>> alike(["b", "a", "b"])
+    [[0, 2], [1]]
+    """
+    groups: dict[Hashable, list[int]] = {}
+    for place, key in enumerate(keys):
+        groups.setdefault(key, []).append(place)
+    return list(groups.values())
+
+
 def run_rows(
     session: Session,
     inputs: Mapping[str, Array],
@@ -37,8 +49,8 @@ def run_rows(
 ) -> dict[str, Array]:
     """Run all rows of `inputs` (first dimension of each) and return the outputs' rows in order.
 
-    Padding rows repeat the first row of their run and are dropped. `before` is called with every bucket
-    that is about to be run.
+    Padding rows repeat the first row of their run and are dropped. `before` is called with every
+    bucket that is about to be run.
     """
     rows = len(next(iter(inputs.values())))
     parts: list[dict[str, Array]] = []

@@ -1,4 +1,4 @@
-"""The UNet's inputs that a request's text and size decide: prompt embeddings, and SDXL's added conditions."""
+"""The UNet's inputs that a request's text and size decide: embeddings, and SDXL's conditions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RunComponent = Callable[[str, dict[str, Array]], dict[str, Array]]
 
 @dataclass
 class Conditions:
-    """For every request its rows of UNet inputs (negative prompt first), and notes on cut prompts."""
+    """For every request its rows of UNet inputs (negative prompt first), and notes on cuts."""
 
     rows: list[list[dict[str, Array]]]
     notes: list[list[str]] = field(default_factory=list)
@@ -34,17 +34,21 @@ def encode(
 
     Args:
         requests: with their sizes resolved.
-        encoders: the text encoders' component names; two for SDXL, whose hidden states are concatenated.
+        encoders: the text encoders' component names; two for SDXL, whose hidden states are
+            concatenated.
         tokenizers: one for each encoder.
         run: runs a component on rows.
-        zero_empty_negative: an empty negative prompt is zeros instead of encoded, as SDXL's base asks.
+        zero_empty_negative: an empty negative prompt is zeros instead of encoded, as SDXL's base
+            asks.
     """
-    texts, spans = [], []
+    texts: list[str] = []
+    spans: list[range] = []
     for request in requests:
         own = [request.prompt] if request.rows == 1 else [request.negative_prompt, request.prompt]
         spans.append(range(len(texts), len(texts) + len(own)))
         texts += own
-    hidden, notes = [], [[] for _ in texts]  # type: list[Array], list[list[str]]
+    hidden: list[Array] = []
+    notes: list[list[str]] = [[] for _ in texts]
     pooled: Array | None = None
     for name, tokenizer in zip(encoders, tokenizers, strict=True):
         ids, cuts = tokenizer.encode(texts)

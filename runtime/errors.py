@@ -39,7 +39,7 @@ class AdapterError(CallerError):
 
 
 class EngineMismatch(CallerError):
-    """An engine folder is of another version, damaged, or answers otherwise than when it was built."""
+    """An engine folder is of another version, damaged, or answers otherwise than once built."""
 
 
 class NotBuilt(CallerError):
@@ -52,6 +52,12 @@ class MissingDependency(CallerError):
 
 class NumericError(HeatsinkError):
     """Weights or results hold NaN or infinity where they must not; names the node or tensor."""
+
+
+class NonFiniteWeights(NumericError, ModelError):
+    """The caller's model or adapter holds NaN or infinity, or overflows on ordinary inputs."""
+
+    exit_code = 2
 
 
 class ResourceError(HeatsinkError):

@@ -23,7 +23,7 @@ def to_array(image: Image, height: int, width: int) -> npt.NDArray[np.float32]:
 
 
 def to_image(pixels: npt.NDArray[np.float32]) -> Image:
-    """Float32 `(3, H, W)` in [-1, 1] as an 8-bit RGB image: `round((x / 2 + 1/2) * 255)`, ties to even."""
+    """Float32 `(3, H, W)` in [-1, 1] as 8-bit RGB: `round((x / 2 + 1/2) * 255)`, ties to even."""
     from PIL import Image as images
 
     unit = np.clip(pixels * np.float32(0.5) + np.float32(0.5), 0, 1)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from heatsink.runtime.files import make_folder, write_whole
 from heatsink.runtime.request import Request
 
 if TYPE_CHECKING:
@@ -54,9 +56,14 @@ class Result:
         return len(self.images)
 
     def save(self, folder: str | Path, stem: str = "image") -> list[Path]:
-        """Write `folder/stem-SEED.png` for every image (a number is added where seeds repeat)."""
+        """Write `folder/stem-SEED.png` for every image (a number is added where seeds repeat).
+
+        Raises:
+            CallerError: the folder may not be written, or is a file.
+            ResourceError: no space is left; no picture is there by halves.
+        """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         paths: list[Path] = []
         for image, request in zip(self.images, self.requests, strict=True):
             path = folder / f"{stem}-{request.seed}.png"
@@ -64,6 +71,6 @@ class Result:
             while path in paths:
                 path = folder / f"{stem}-{request.seed}-{count}.png"
                 count += 1
-            image.save(path)
+            write_whole(path, functools.partial(image.save, format="PNG"))
             paths.append(path)
         return paths

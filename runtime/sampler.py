@@ -35,8 +35,8 @@ class Job:
         seed: of its noise.
         guidance: scale of its guidance; used where it has two rows.
         schedule: its steps.
-        conditions: the UNet's inputs besides sample and timestep, one mapping a row: the negative prompt's
-            first where there are two.
+        conditions: the UNet's inputs besides sample and timestep, one mapping a row: the negative
+            prompt's first where there are two.
         latents: float32 `(C, h, w)`; the result once `done`.
         x0: float32 `(C, h, w)`, the prediction of the step before.
         step: the next step to run.
@@ -56,6 +56,11 @@ class Job:
         """Whether all steps have been run."""
         return self.step >= len(self.schedule)
 
+    @property
+    def rows_left(self) -> int:
+        """Rows of the UNet that the remaining steps take."""
+        return (len(self.schedule) - self.step) * len(self.conditions)
+
 
 def new_job(
     name: str,
@@ -66,7 +71,7 @@ def new_job(
     shape: tuple[int, int, int],
     image: Tensor | None,
 ) -> Job:
-    """A job before its first step: scaled noise, or noise over the encoded `image` of that shape."""
+    """A job before its first step: scaled noise, or noise over the encoded `image`."""
     fresh = noise.normal(seed, noise.INITIAL, 0, shape)[None]
     start = apply_start(fresh, None if image is None else image[None], start_scales([schedule]))
     return Job(name, seed, guidance, schedule, conditions, start[0], torch.zeros(shape))
@@ -77,14 +82,14 @@ def denoise(jobs: Sequence[Job], run_rows: RunRows, progress: Progress | None = 
 
     Args:
         jobs: changed in place.
-        run_rows: the UNet: named arrays of rows in, the output's rows out; a row's bits must not depend on
-            the others.
+        run_rows: the UNet: named arrays of rows in, the output's rows out; a row's bits must not
+            depend on the others.
         progress: called with the row-steps done and those in all.
 
     Raises:
         NumericError: the UNet gave a non-finite value; names the request and the step.
     """
-    total = sum((len(job.schedule) - job.step) * len(job.conditions) for job in jobs)
+    total = sum(job.rows_left for job in jobs)
     done = 0
     while active := [job for job in jobs if not job.done]:
         done += _step(active, run_rows)
@@ -105,25 +110,35 @@ def _step(active: list[Job], run_rows: RunRows) -> int:
     for name in conditions[0]:
         inputs[name] = np.stack([condition[name] for condition in conditions])
     out = _guided(active, torch.from_numpy(run_rows(inputs)))
-    fresh = None
-    if any(job.schedule.needs_noise(job.step) for job in active):
-        shape = tuple(latents.shape[1:])
-        fresh = torch.stack([noise.normal(job.seed, noise.STEP, job.step, shape) for job in active])
     history = torch.stack([job.x0 for job in active])
-    following, x0 = apply_step(latents, out, history, fresh, table)
+    following, x0 = apply_step(latents, out, history, _fresh_noise(active), table)
     for place, job in enumerate(active):
         job.latents, job.x0 = following[place], x0[place]
         job.step += 1
     return len(conditions)
 
 
+def _fresh_noise(active: list[Job]) -> Tensor | None:
+    """Unit noise `(R, C, h, w)` for this step of every job; None if none of them adds any."""
+    if not any(job.schedule.needs_noise(job.step) for job in active):
+        return None
+    seeds, steps = [job.seed for job in active], [job.step for job in active]
+    return noise.normal_rows(seeds, noise.STEP, steps, active[0].latents.shape)
+
+
 def _guided(active: list[Job], out: Tensor) -> Tensor:
-    """The UNet's rows combined to one a job, checked to be finite."""
-    combined, place = [], 0
-    for job in active:
-        rows = out[place : place + len(job.conditions)]
-        place += len(job.conditions)
-        if not bool(torch.isfinite(rows).all()):
+    """The UNet's rows combined to one a job.
+
+    Raises:
+        NumericError: a row is not finite; names the job and its step.
+    """
+    counts = torch.tensor([len(job.conditions) for job in active])
+    last = torch.cumsum(counts, 0) - 1
+    finite = torch.isfinite(out).flatten(1).all(1)
+    for job, start, end in zip(active, (last - counts + 1).tolist(), last.tolist(), strict=True):
+        if not bool(finite[start : end + 1].all()):
             raise NumericError(f"{job.name}: unet gave a non-finite value at step {job.step}")
-        combined.append(rows[0] if len(rows) == 1 else apply_guidance(rows[0], rows[1], job.guidance))
-    return torch.stack(combined)
+    cond = out[last].float()
+    scales = torch.tensor([job.guidance for job in active], dtype=torch.float32)
+    guided = apply_guidance(out[last - counts + 1], cond, scales)
+    return torch.where((counts == 2).reshape(-1, *(1,) * (cond.ndim - 1)), guided, cond)

@@ -33,6 +33,42 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_sdxl(tmp_path_factory.mktemp("models") / "tiny-sdxl")
 
 
+@pytest.fixture(scope="session")
+def sd1_folder(tiny_sd1: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny SD1 model's engine, for UNet batches of 1, 2 and 4. Don't change it."""
+    return build_engine(tiny_sd1, tmp_path_factory.mktemp("engines") / "sd1")
+
+
+@pytest.fixture(scope="session")
+def sdxl_folder(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny SDXL model's engine, for UNet batches of 1, 2 and 4. Don't change it."""
+    return build_engine(tiny_sdxl, tmp_path_factory.mktemp("engines") / "sdxl")
+
+
+@pytest.fixture(scope="session")
+def sd1_engine(sd1_folder: Path) -> Any:
+    """The tiny SD1 engine, opened."""
+    import heatsink
+
+    return heatsink.load(sd1_folder, threads=1)
+
+
+@pytest.fixture(scope="session")
+def sdxl_engine(sdxl_folder: Path) -> Any:
+    """The tiny SDXL engine, opened."""
+    import heatsink
+
+    return heatsink.load(sdxl_folder, threads=1)
+
+
+def build_engine(model: Path, out: Path) -> Path:
+    """Build the small engine that tests of the runtime share."""
+    import heatsink
+
+    heatsink.build(model, out, batch=(1, 2, 4))
+    return out
+
+
 @pytest.fixture
 def copy_model(tmp_path: Path) -> Callable[[Path], Path]:
     """Copies a model folder, for tests that damage or change it."""
@@ -187,4 +223,8 @@ def _save(pipeline: Any, folder: Path) -> Path:
         for name in ("vocab.json", "merges.txt"):
             if not (tokenizer / name).exists():
                 shutil.copy(folder.parent / tokenizer.name / name, tokenizer / name)
+    # As in the configurations of real checkpoints: DDIM clips its predictions without it.
+    config = folder / "scheduler" / "scheduler_config.json"
+    fields = {**json.loads(config.read_text()), "clip_sample": False}
+    config.write_text(json.dumps(fields, indent=2))
     return folder

@@ -48,7 +48,8 @@ class OnnxRuntimeSession:
         """Run the component once.
 
         Raises:
-            InvalidRequest: an input is missing, or one is given that the component was not built with.
+            InvalidRequest: an input is missing, or one is given that the component was not built
+                with.
         """
         if set(inputs) != set(self.inputs):
             raise InvalidRequest(

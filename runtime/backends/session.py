@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
-import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[np.generic]
+# Which dtype it has, a component's interface says.
+Array = npt.NDArray[Any]
 
 
 class Session(Protocol):

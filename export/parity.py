@@ -1,0 +1,87 @@
+"""Compares a built component with the library's own module in PyTorch."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from heatsink.export import exactness
+from heatsink.export.manifest import Parity, TensorSpec
+from heatsink.runtime.backends.session import Array, Session
+from heatsink.runtime.errors import EngineMismatch, NonFiniteWeights
+from heatsink.runtime.graph.components import INTERFACES, TextLayer, wrap
+from heatsink.runtime.model import Model
+
+ROWS = 2
+SEED = exactness.PROBE_SEED + 1
+
+
+def check_parity(
+    model: Model, text_layer: TextLayer | None, specs: list[TensorSpec], session: Session
+) -> Parity:
+    """The component's error on a seeded probe, of the output that is nearest to what is allowed.
+
+    The reference is the module in float64. What is allowed is twice the error of the module in
+    float32, or of one rounding of the largest value.
+
+    Args:
+        model: whose module is the reference; the session's name says which.
+        text_layer: of a text encoder.
+        specs: the inputs.
+        session: the built component.
+
+    Raises:
+        EngineMismatch: the error is larger.
+        NonFiniteWeights: the module's own results are not finite.
+    """
+    values = exactness.probe(specs, ROWS, SEED)
+    found = session.run(values)
+    reference = _run_module(model, session.name, text_layer, values, torch.float64)
+    plain = _run_module(model, session.name, text_layer, values, torch.float32)
+    results = [
+        _compare(f"{session.name}: output {name!r}", found[name], plain[name], reference[name])
+        for name in reference
+    ]
+    return max(results, key=lambda parity: parity.max_abs / (parity.allowed or 1.0))
+
+
+def _compare(what: str, found: Array, plain: Array, expected: Array) -> Parity:
+    for dtype, values in (("float64", expected), ("float32", plain)):
+        if not np.isfinite(values).all():
+            raise NonFiniteWeights(
+                f"{what} is not finite in PyTorch in {dtype} on an ordinary input"
+            )
+    largest = float(np.abs(expected).max())
+    error = float(np.abs(found - expected).max())
+    own = float(np.abs(plain - expected).max())
+    allowed = 2 * (own + float(np.finfo(np.float32).eps) * largest)
+    # Written so that a NaN is refused too.
+    if not error <= allowed:
+        raise EngineMismatch(
+            f"{what} is {error:.3g} away from PyTorch in float64, allowed are {allowed:.3g} "
+            "(twice PyTorch's own float32 error)"
+        )
+    return Parity(
+        max_abs=error,
+        reference_max_abs=largest,
+        relative=error / (largest or 1.0),
+        allowed=allowed,
+    )
+
+
+def _run_module(
+    model: Model,
+    name: str,
+    text_layer: TextLayer | None,
+    values: dict[str, Array],
+    dtype: torch.dtype,
+) -> dict[str, Array]:
+    """The module's outputs as float64, computed in `dtype`."""
+    module = wrap(name, model.load_module(name, dtype), text_layer).eval()
+    inputs = [torch.from_numpy(np.asarray(value)) for value in values.values()]
+    with torch.inference_mode():
+        outputs = module(*(x.to(dtype) if x.is_floating_point() else x for x in inputs))
+    return {
+        output: value.double().numpy()
+        for output, value in zip(INTERFACES[name].outputs, outputs, strict=True)
+    }

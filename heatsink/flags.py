@@ -1,0 +1,103 @@
+"""The command line's flags: their types and help texts, and how their values are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from heatsink.runtime.errors import InvalidRequest, NotBuilt
+
+# heatsink build
+Model = Annotated[
+    Path, typer.Argument(help="a diffusers folder, or a single-file checkpoint (SD1.5, SDXL)")
+]
+EngineOut = Annotated[Path, typer.Option("--out", "-o", help="the engine folder to write")]
+Backend = Annotated[
+    str, typer.Option(help="who runs it: onnxruntime (torch, tensorrt, tensorrt-rtx: not yet)")
+]
+Batch = Annotated[str, typer.Option(help="rows of a UNet batch, MIN:OPT:MAX or MAX")]
+BuildSize = Annotated[
+    str, typer.Option(help="HEIGHTxWIDTH in pixels; the model's own if not given")
+]
+Precision = Annotated[str, typer.Option(help="fp32 (bf16, fp16, fp8: not yet)")]
+Fuse = Annotated[
+    list[str] | None, typer.Option(help="FILE:SCALE, a LoRA to merge; may be repeated")
+]
+Adapters = Annotated[str, typer.Option(help="SLOTSxRANK adapter ports (not yet)")]
+ControlNet = Annotated[str, typer.Option(help="a ControlNet folder (not yet)")]
+Arch = Annotated[str, typer.Option(help="GPU architectures (not yet)")]
+Opset = Annotated[int, typer.Option(help="of the ONNX files; 0: the default")]
+Strict = Annotated[
+    bool, typer.Option("--strict/--fast", help="use only batch sizes that agree bit by bit")
+]
+Reuse = Annotated[
+    list[Path] | None, typer.Option(help="an engine to take equal components from; repeatable")
+]
+TokenizerFolder = Annotated[
+    Path | None, typer.Option(help="of a single-file checkpoint: its tokenizer's folder")
+]
+
+# heatsink generate
+Prompt = Annotated[list[str], typer.Argument(help="what to draw; several prompts share a batch")]
+Engine = Annotated[Path, typer.Option(help="the engine folder")]
+PicturesOut = Annotated[Path, typer.Option("--out", "-o", help="where the pictures go")]
+Count = Annotated[
+    int, typer.Option("-n", help="pictures of each prompt, with seeds SEED, SEED+1, ...")
+]
+Negative = Annotated[str, typer.Option(help="what to keep away from")]
+StartImage = Annotated[Path | None, typer.Option(help="start from this picture")]
+Strength = Annotated[
+    float | None, typer.Option(help="with --image: share of the steps that is run; 0.8 by default")
+]
+Seed = Annotated[int, typer.Option(help="of the first picture")]
+Steps = Annotated[int, typer.Option(help="denoising steps")]
+Guidance = Annotated[float, typer.Option(help="scale of classifier-free guidance; 1: off")]
+Sampler = Annotated[str, typer.Option(help="euler, dpm++2m, ddim or lcm")]
+Size = Annotated[str, typer.Option(help="HEIGHTxWIDTH in pixels; the engine's own if not given")]
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress bars")]
+EngineFolder = Annotated[Path, typer.Argument(help="the engine folder")]
+
+
+def _number(text: str) -> bool:
+    return text.isascii() and text.isdecimal()
+
+
+def parse_size(text: str) -> tuple[int, int] | None:
+    """`512x768` (height x width) or `512` as a pair of pixels; None where nothing is given."""
+    if not text:
+        return None
+    if ":" in text:
+        raise NotBuilt(
+            f"--size {text}: a range of sizes is not built yet; name one, such as 512x512"
+        )
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(map(_number, parts)):
+        raise InvalidRequest(f"--size: expected HEIGHTxWIDTH, such as 512x512, got {text!r}")
+    return int(parts[0]), int(parts[-1])
+
+
+def parse_batch(text: str) -> tuple[int, int, int]:
+    """`MIN:OPT:MAX`, or one number for the largest, as a triple of rows."""
+    parts = text.split(":")
+    if len(parts) not in (1, 3) or not all(map(_number, parts)):
+        raise InvalidRequest(f"--batch: expected MIN:OPT:MAX, such as 1:8:16, got {text!r}")
+    if len(parts) == 1:
+        return 1, int(parts[0]), int(parts[0])
+    low, best, high = map(int, parts)
+    return low, best, high
+
+
+def parse_adapter(text: str) -> tuple[Path, float]:
+    """`FILE:SCALE` or `FILE` (scale 1)."""
+    path, _, scale = text.rpartition(":")
+    if not path:
+        return Path(text), 1.0
+    try:
+        return Path(path), float(scale)
+    except ValueError:
+        raise InvalidRequest(
+            f"--fuse: expected FILE:SCALE, such as noto.safetensors:0.8, got {text!r}"
+        ) from None

@@ -1,0 +1,114 @@
+"""Turns the arguments of `generate` into validated requests, one for each image."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from heatsink.runtime.digest import image_digest
+from heatsink.runtime.errors import InvalidRequest
+from heatsink.runtime.request import Request
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+DEFAULT_STRENGTH = 0.8
+
+
+def make_requests(
+    prompt: str | Sequence[str],
+    *,
+    negative_prompt: str | Sequence[str] | None,
+    image: Image | Sequence[Image | None] | None,
+    strength: float | None,
+    seed: int | Sequence[int],
+    size: tuple[int, int] | int | None,
+    **fields: Any,
+) -> tuple[list[Request], list[Image | None]]:
+    """A request for each prompt, and its picture or None.
+
+    Args:
+        prompt: a text, or several.
+        negative_prompt: one for all, or one for each.
+        image: one for all, or one for each.
+        strength: of the requests that have a picture; 0.8 where not given.
+        seed: one number (prompt i takes seed + i), or one for each.
+        size: (height, width), or one number for both.
+        **fields: of `Request`, the same for all.
+
+    Raises:
+        InvalidRequest: a value is out of range, of another type, or lists differ in length.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else list(_sequence("prompt", prompt))
+    count = len(prompts)
+    height, width = _pair(size)
+    images = [_checked_image(each) for each in _each("image", image, count)]
+    if strength is not None and image is None:
+        raise InvalidRequest(f"strength: expected an image beside it, got {strength} alone")
+    seeds = _seeds(seed, count)
+    negatives = _each("negative_prompt", negative_prompt, count)
+    digests: dict[int, str] = {id(each): image_digest(each) for each in images if each is not None}
+    requests = [
+        Request.parse(
+            prompt=prompts[i],
+            negative_prompt="" if negatives[i] is None else negatives[i],
+            seed=seeds[i],
+            height=height,
+            width=width,
+            strength=None if images[i] is None else _strength(strength),
+            image_digest=None if images[i] is None else digests[id(images[i])],
+            **fields,
+        )
+        for i in range(count)
+    ]
+    return requests, images
+
+
+def _strength(strength: float | None) -> float:
+    return DEFAULT_STRENGTH if strength is None else strength
+
+
+def _seeds(seed: Any, count: int) -> list[Any]:
+    if isinstance(seed, Sequence) and not isinstance(seed, str):
+        return _each("seed", seed, count)
+    # NumPy's and PyTorch's integers count too; True is no number.
+    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
+        raise InvalidRequest(f"seed: expected an integer or a list of them, got {seed!r}")
+    first = operator.index(seed)
+    return [first + i for i in range(count)]
+
+
+def _pair(size: Any) -> tuple[Any, Any]:
+    if size is None:
+        return None, None
+    if isinstance(size, (tuple, list)):
+        if len(size) != 2:
+            raise InvalidRequest(f"size: expected (height, width) or one number, got {size!r}")
+        return size[0], size[1]
+    return size, size
+
+
+def _checked_image(image: Any) -> Image | None:
+    from PIL.Image import Image
+
+    if image is not None and not isinstance(image, Image):
+        raise InvalidRequest(f"image: expected a PIL image, got a {type(image).__name__}")
+    return image
+
+
+def _sequence(name: str, value: Any) -> Sequence[Any]:
+    if not isinstance(value, Sequence):
+        raise InvalidRequest(f"{name}: expected a text or a list of texts, got {value!r}")
+    return value
+
+
+def _each(name: str, value: Any, count: int) -> list[Any]:
+    """One value for all or a list of `count`, as a list."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        if len(value) != count:
+            raise InvalidRequest(
+                f"{name}: expected one for each of {count} prompts, got {len(value)}"
+            )
+        return list(value)
+    return [value] * count

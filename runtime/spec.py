@@ -1,0 +1,78 @@
+"""What the runtime must know of an engine besides its components, and which requests it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from heatsink.runtime.errors import InvalidRequest, NotBuilt
+from heatsink.runtime.request import Request
+from heatsink.runtime.schedule import ScheduleConfig
+from heatsink.runtime.text import Tokenizer
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What the runtime must know of an engine besides its components.
+
+    Attributes:
+        name: of the model.
+        digest: of the manifest; receipts name it.
+        text_encoders: component names, in the order in which their hidden states are concatenated.
+        tokenizers: one for each.
+        schedule: the model's noise schedule.
+        latent_channels: channels of the latents.
+        vae_factor: pixels a latent, in each direction.
+        default_size: (height, width) where a request names none.
+        heights: smallest and largest height that was built.
+        widths: smallest and largest width that was built.
+        zero_empty_negative: see `conditions.encode`.
+        adapters: names and scales of what was fused into the weights.
+    """
+
+    name: str
+    digest: str
+    text_encoders: Sequence[str]
+    tokenizers: Sequence[Tokenizer]
+    schedule: ScheduleConfig
+    latent_channels: int
+    vae_factor: int
+    default_size: tuple[int, int]
+    heights: tuple[int, int]
+    widths: tuple[int, int]
+    zero_empty_negative: bool = False
+    adapters: Mapping[str, float] = field(default_factory=dict)
+
+    def resolve(self, request: Request) -> Request:
+        """The request with its size filled in, if this engine can answer it.
+
+        Raises:
+            InvalidRequest: a size that no engine of this model has.
+            NotBuilt: a size or an adapter that this engine was not built for.
+        """
+        request = request.resolved(*self.default_size)
+        for name, limits in (("height", self.heights), ("width", self.widths)):
+            value = getattr(request, name)
+            if value % self.vae_factor:
+                raise InvalidRequest(
+                    f"{name}: expected a multiple of {self.vae_factor}, got {value}"
+                )
+            if not limits[0] <= value <= limits[1]:
+                built = f"{limits[0]} to {limits[1]}" if limits[0] < limits[1] else f"{limits[0]}"
+                raise NotBuilt(
+                    f"{name}: this engine was built for {built} pixels, got {value}; "
+                    "build another with `heatsink build MODEL -o ENGINE --size HEIGHTxWIDTH`"
+                )
+        if request.adapters:
+            raise NotBuilt(
+                f"adapters {sorted(request.adapters)}: this engine has no adapter ports; fuse one "
+                "at build time with `heatsink build MODEL -o ENGINE --fuse FILE:SCALE`"
+            )
+        return request
+
+    def latent_shape(self, request: Request) -> tuple[int, int, int]:
+        """(C, h, w) of a resolved request's latents."""
+        assert request.height is not None
+        assert request.width is not None
+        factor = self.vae_factor
+        return self.latent_channels, request.height // factor, request.width // factor
