@@ -13,6 +13,10 @@ from heatsink.runtime.graph.components import INTERFACES, TextLayer, wrap
 from heatsink.runtime.model import Model
 
 ROWS = 2
+# A backend sums in another order than PyTorch, so its error is another draw, in networks as deep as
+# Stable Diffusion's UNet measured at three times PyTorch's own. What a mistake makes (an operation
+# left out, a value rounded to half precision) is hundreds of times larger.
+MARGIN = 8
 SEED = exactness.PROBE_SEED + 1
 
 
@@ -21,8 +25,8 @@ def check_parity(
 ) -> Parity:
     """The component's error on a seeded probe, of the output that is nearest to what is allowed.
 
-    The reference is the module in float64. What is allowed is twice the error of the module in
-    float32, or of one rounding of the largest value.
+    The reference is the module in float64. What is allowed is `MARGIN` times the error of the
+    module in float32 and of one rounding of the largest value.
 
     Args:
         model: whose module is the reference; the session's name says which.
@@ -54,12 +58,12 @@ def _compare(what: str, found: Array, plain: Array, expected: Array) -> Parity:
     largest = float(np.abs(expected).max())
     error = float(np.abs(found - expected).max())
     own = float(np.abs(plain - expected).max())
-    allowed = 2 * (own + float(np.finfo(np.float32).eps) * largest)
+    allowed = MARGIN * (own + float(np.finfo(np.float32).eps) * largest)
     # Written so that a NaN is refused too.
     if not error <= allowed:
         raise EngineMismatch(
             f"{what} is {error:.3g} away from PyTorch in float64, allowed are {allowed:.3g} "
-            "(twice PyTorch's own float32 error)"
+            f"({MARGIN} times PyTorch's own float32 error)"
         )
     return Parity(
         max_abs=error,

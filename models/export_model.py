@@ -62,6 +62,9 @@ def export(work: Path, out: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     pipe = sampling.pipeline(vae, bundle)
     pipe.to(torch.float16).save_pretrained(temporary, safe_serialization=True)
+    # Versions of transformers differ in which of a tokenizer's files they read.
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copyfile(work / "tokenizer" / name, temporary / "tokenizer" / name)
     if (work / "controlnet").exists():
         ControlNetModel.from_pretrained(work / "controlnet").half().save_pretrained(
             temporary / "controlnet"
