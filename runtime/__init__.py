@@ -1,1 +1,1 @@
-"""The graph runtime: requests, schedules, noise, captured graphs, backends and the engine that runs them."""
+"""The graph runtime: requests, schedules, noise, graphs, backends, and the engine over them."""
