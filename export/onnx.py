@@ -107,7 +107,9 @@ def _translate(graph: Graph, opset: int, fused_group_norm: bool) -> Any:
                 custom_translation_table=table,
             )
         except torch.onnx.errors.OnnxExporterError as error:
-            raise NotBuilt(f"{graph.component}: no translation to ONNX: {error}") from error
+            # The exporter's message is advice to its developers; what it was raised from says why.
+            reason = error.__cause__ or error
+            raise NotBuilt(f"{graph.component}: no translation to ONNX: {reason}") from error
     assert exported is not None
     return exported.model
 

@@ -41,7 +41,7 @@ def capture(
         example_shapes: of every input, with "batch" for the symbolic batch;
             `components.input_shapes` makes them.
         dtype: what to compute in; weights are cast when loaded, inputs are of this dtype (except
-            `input_ids` int64 and `timestep` float32).
+            `input_ids` int64, `timestep` and `time_ids` float32).
         text_layer: see `components.wrap`.
 
     Returns:

@@ -82,7 +82,8 @@ class UNet(nn.Module):
         """Predict from the noisy latents."""
         added = None
         if text_embeds is not None:
-            added = {"text_embeds": text_embeds, "time_ids": time_ids}
+            # The model joins it with float32 sinusoids, which promotes it; not every exporter does.
+            added = {"text_embeds": text_embeds.to(torch.float32), "time_ids": time_ids}
         result = self.model(
             sample, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False
         )
@@ -174,7 +175,9 @@ def input_names(component: str, shapes: Mapping[str, Sequence[int | str]]) -> tu
 
 def input_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     """The dtype of an input of a component that computes in `dtype`."""
-    return {"input_ids": torch.int64, "timestep": torch.float32}.get(name, dtype)
+    # Times and sizes become sinusoids: half precision would round them first.
+    exact = {"input_ids": torch.int64, "timestep": torch.float32, "time_ids": torch.float32}
+    return exact.get(name, dtype)
 
 
 def input_shapes(

@@ -1,0 +1,196 @@
+"""Tiny networks of every kind of component and their graphs, captured once a session."""
+
+from __future__ import annotations
+
+import copy
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from heatsink.runtime.graph.capture import capture, capture_module
+from heatsink.runtime.graph.components import input_shapes
+from heatsink.runtime.graph.graph import Graph, TensorSpec
+
+TOKENS = 7
+VOCABULARY = 40
+
+
+@dataclass
+class Case:
+    """A component, its network with real weights, and what it should compute."""
+
+    component: str
+    module: Any
+    shapes: dict[str, tuple[int | str, ...]]
+    reference: Callable[[Any, Mapping[str, Tensor]], list[Tensor]]
+    text_layer: Any = None
+
+    def capture(self, **options: Any) -> Graph:
+        return capture(
+            self.component,
+            copy.deepcopy(self.module).to("meta"),
+            options.pop("weights", self.module.state_dict()),
+            example_shapes=self.shapes,
+            text_layer=self.text_layer,
+            **options,
+        )
+
+    def inputs(self, rows: int, seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        draw = torch.Generator().manual_seed(seed)
+        given = {}
+        for name, shape in self.shapes.items():
+            size = [rows if s == "batch" else int(s) for s in shape]
+            if name == "input_ids":
+                given[name] = torch.randint(0, VOCABULARY, size, generator=draw)
+            elif name == "timestep":
+                given[name] = 999 * torch.rand(size, generator=draw)
+            else:
+                given[name] = torch.randn(size, generator=draw).to(dtype)
+        return given
+
+
+@pytest.fixture(scope="session")
+def cases() -> dict[str, Case]:
+    """By name: the components of SD1's kind, and those that are SDXL's own."""
+    torch.manual_seed(zlib.crc32(b"tiny networks"))
+    text, projecting, vae, unet, unet_xl = _text(False), _text(True), _vae(), _unet(), _unet_xl()
+    tokens: dict[str, tuple[int | str, ...]] = {"input_ids": ("batch", TOKENS)}
+    return {
+        "text_encoder": Case("text_encoder", text, tokens, _last_hidden),
+        "text_encoder of SDXL": Case("text_encoder", text, tokens, _penultimate, "penultimate"),
+        "text_encoder_2": Case("text_encoder_2", projecting, tokens, _pooled),
+        "vae_decoder": Case("vae_decoder", vae, _shapes("vae_decoder", vae, 4, 6), _decoded),
+        "vae_encoder": Case("vae_encoder", vae, _shapes("vae_encoder", vae, 8, 12), _encoded),
+        "unet": Case("unet", unet, _shapes("unet", unet, 8, 8), _unet_out),
+        "unet of SDXL": Case("unet", unet_xl, _shapes("unet", unet_xl, 8, 8), _unet_out),
+    }
+
+
+@pytest.fixture(scope="session")
+def graphs(cases: dict[str, Case]) -> Callable[[str], Graph]:
+    """The captured graph of a case; don't change it."""
+    done: dict[str, Graph] = {}
+
+    def graph(name: str) -> Graph:
+        if name not in done:
+            done[name] = cases[name].capture()
+        return done[name]
+
+    return graph
+
+
+def capture_net(net: nn.Module, *shape: int, outputs: Sequence[str] = ("y",)) -> Graph:
+    """The graph of a network of one float32 input `x` (batch, *shape)."""
+    return capture_module(
+        "net",
+        copy.deepcopy(net).to("meta"),
+        net.state_dict(),
+        dict(net.named_buffers()),
+        {"x": TensorSpec(("batch", *shape), torch.float32)},
+        outputs,
+    )
+
+
+@pytest.fixture(name="capture_net")
+def _capture_net() -> Callable[..., Graph]:
+    return capture_net
+
+
+def _shapes(component: str, module: Any, height: int, width: int) -> dict[str, Any]:
+    return input_shapes(component, module.config, height=height, width=width, text_length=TOKENS)
+
+
+def _text(projects: bool) -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
+        vocab_size=VOCABULARY, max_position_embeddings=TOKENS, projection_dim=12,
+        bos_token_id=1, eos_token_id=5, pad_token_id=5,
+    )  # fmt: skip
+    return _shake((CLIPTextModelWithProjection if projects else CLIPTextModel)(config))
+
+
+def _vae() -> Any:
+    from diffusers import AutoencoderKL
+
+    return _shake(
+        AutoencoderKL(
+            block_out_channels=(8, 8), down_block_types=["DownEncoderBlock2D"] * 2,
+            up_block_types=["UpDecoderBlock2D"] * 2, layers_per_block=1, norm_num_groups=4,
+        )
+    )  # fmt: skip
+
+
+def _unet() -> Any:
+    from diffusers import UNet2DConditionModel
+
+    return _shake(
+        UNet2DConditionModel(
+            block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=4,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            attention_head_dim=2, cross_attention_dim=12,
+        )
+    )  # fmt: skip
+
+
+def _unet_xl() -> Any:
+    from diffusers import UNet2DConditionModel
+
+    return _shake(
+        UNet2DConditionModel(
+            block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=4,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=(2, 4), cross_attention_dim=12, use_linear_projection=True,
+            addition_embed_type="text_time", addition_time_embed_dim=4,
+            projection_class_embeddings_input_dim=6 * 4 + 10,
+        )
+    )  # fmt: skip
+
+
+def _shake(module: Any) -> Any:
+    """Norms begin as the identity: make every parameter count."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return module.eval()
+
+
+def _last_hidden(module: Any, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    return [module(inputs["input_ids"]).last_hidden_state]
+
+
+def _penultimate(module: Any, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    return [module(inputs["input_ids"], output_hidden_states=True).hidden_states[-2]]
+
+
+def _pooled(module: Any, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    result = module(inputs["input_ids"], output_hidden_states=True)
+    return [result.hidden_states[-2], result.text_embeds]
+
+
+def _decoded(module: Any, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    return [module.decode(inputs["latents"] / module.config.scaling_factor).sample]
+
+
+def _encoded(module: Any, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    posterior = module.encode(inputs["image"]).latent_dist
+    return [
+        posterior.mean * module.config.scaling_factor,
+        posterior.std * module.config.scaling_factor,
+    ]
+
+
+def _unet_out(module: Any, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    given = dict(inputs)
+    sample, timestep, hidden = (
+        given.pop(n) for n in ("sample", "timestep", "encoder_hidden_states")
+    )
+    return [module(sample, timestep, hidden, added_cond_kwargs=given or None).sample]
