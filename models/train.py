@@ -16,7 +16,7 @@ import typer
 from heatsink.models import autoencoder, data, diffusion, export_model, networks, sampling
 
 # Shares of the time budget, and the steps that are enough where time is not the limit.
-SHARES = {"vae": 0.17, "base": 0.47, "decoder": 0.06, "lora": 0.18, "controlnet": 0.12}
+SHARES = {"vae": 0.22, "base": 0.30, "decoder": 0.14, "lora": 0.27, "controlnet": 0.07}
 STEPS = {"vae": 8000, "base": 40000, "decoder": 6000, "lora": 4000, "controlnet": 6000}
 SUBJECTS = 400
 
