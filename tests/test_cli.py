@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -274,6 +275,26 @@ def test_another_process_gives_the_same_pixels(
     assert "torchvision" not in done.stderr
 
 
+@pytest.mark.slow
+def test_another_process_builds_the_same_bytes(
+    tiny_sd1: Path, sd1_folder: Path, tmp_path: Path
+) -> None:
+    command = [
+        sys.executable, "-P", "-m", "heatsink.cli", "build", str(tiny_sd1), "-o", "engine",
+        "--batch", "1:2:4", "-q",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    digest = read_manifest(sd1_folder).digest
+    assert done.stdout == f"engine  engine {digest}\n"
+    # Nothing of the libraries' own.
+    assert done.stderr.split(";")[0] == "built text_encoder, unet, vae_decoder, vae_encoder"
+    for path in sorted(sd1_folder.rglob("*")):
+        if path.is_file():
+            other = tmp_path / "engine" / path.relative_to(sd1_folder)
+            assert other.read_bytes() == path.read_bytes(), path.name
+
+
 # The rest
 
 
@@ -315,6 +336,22 @@ def test_flag_values() -> None:
     assert flags.parse_adapter("C:/a.safetensors:0.5") == (Path("C:/a.safetensors"), 0.5)
     with pytest.raises(NotBuilt, match="range"):
         flags.parse_size("64:128")
+
+
+def test_libraries_are_quiet_inside_and_as_before_after() -> None:
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers", "torch")]
+    before = [logger.level for logger in loggers]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with console.quiet_libraries():
+            assert all(logger.level == logging.ERROR for logger in loggers)
+            assert os.environ["TRANSFORMERS_VERBOSITY"] == "error"
+            assert not sys.modules["diffusers.utils.logging"].is_progress_bar_enabled()
+            warnings.warn_explicit("theirs", UserWarning, "x.py", 1, module="transformers.models")
+            warnings.warn_explicit("ours", UserWarning, "x.py", 1, module="heatsink.runtime.text")
+    assert [str(each.message) for each in caught] == ["ours"]
+    assert [logger.level for logger in loggers] == before
+    assert os.environ.get("TRANSFORMERS_VERBOSITY") != "error"
 
 
 def test_bars_show_what_is_done(capsys: pytest.CaptureFixture[str]) -> None:
