@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 import heatsink
@@ -34,7 +35,7 @@ def main(
     """Measure, print the table, write `images.{md,json,png}`."""
     with console.quiet_libraries(), console.bars() as progress:
         found = compare(
-            heatsink.load(engine),
+            heatsink.load(engine, threads=torch.get_num_threads()),
             model,
             demo.PROMPTS,
             steps=steps,

@@ -29,6 +29,15 @@ from heatsink.runtime.model import Model
 
 Progress = Callable[[str, int, int], None]
 MAX_BATCH = 256
+# What tokenizers read; a tokenizer's folder may be a whole repository with weights beside them.
+TOKENIZER_FILES = {
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+}
 
 
 @dataclass(frozen=True)
@@ -209,7 +218,7 @@ def _copy_tokenizers(model: Model, names: Sequence[str], folder: Path) -> list[A
     for index, name in enumerate(names):
         (folder / name).mkdir()
         for path in sorted(model.tokenizer_folder(index).iterdir()):
-            if path.is_file():
+            if path.name in TOKENIZER_FILES:
                 shutil.copyfile(path, folder / name / path.name)
                 files.append(components.artefact(folder, f"{name}/{path.name}"))
     return files

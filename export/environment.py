@@ -16,7 +16,17 @@ def version() -> str:
 
 def libraries() -> dict[str, str]:
     """Versions of the libraries that decide an engine's bytes and results."""
-    return {name: metadata.version(name) for name in LIBRARIES}
+    return {name: _version_of(name) for name in LIBRARIES}
+
+
+def _version_of(name: str) -> str:
+    # ONNX Runtime's builds for GPUs are packages of another name with the same module.
+    for package in (name, f"{name}-gpu"):
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return "absent"
 
 
 def processor() -> str:

@@ -236,8 +236,9 @@ class Manifest(_Section):
         return [*self.files, *(a for c in self.components.values() for a in c.artefacts)]
 
     def write(self, folder: Path) -> None:
-        """Write `folder/manifest.json`."""
-        text = json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True)
+        """Write `folder/manifest.json`, with the digest of the rest beside it."""
+        fields = {**self.model_dump(mode="json"), "digest": self.digest}
+        text = json.dumps(fields, indent=2, sort_keys=True)
         (folder / FILE_NAME).write_text(text + "\n", encoding="utf-8")
 
 
@@ -245,8 +246,8 @@ def read_manifest(folder: Path) -> Manifest:
     """Read and check `folder/manifest.json`.
 
     Raises:
-        EngineMismatch: there is none, it is not JSON, of another schema version, or does not fit
-            the schema.
+        EngineMismatch: there is none, it is not JSON, of another schema version, does not fit the
+            schema, or is not what its digest says.
     """
     path = folder / FILE_NAME
     try:
@@ -263,10 +264,17 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path} has schema version {version!r}, this Heatsink reads {SCHEMA_VERSION}; "
             "build the engine again with `heatsink build MODEL -o ENGINE`"
         )
+    digest = raw.pop("digest", None)
     try:
-        return Manifest.model_validate(raw)
+        manifest = Manifest.model_validate(raw)
     except ValidationError as error:
         faults = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:4]]
         raise EngineMismatch(
             f"{path} does not fit the manifest's schema: {'; '.join(faults)}"
         ) from None
+    if digest != manifest.digest:
+        raise EngineMismatch(
+            f"{path} is damaged: its contents have the digest {manifest.digest}, it says {digest}; "
+            "build the engine again with `heatsink build MODEL -o ENGINE`"
+        )
+    return manifest

@@ -17,6 +17,7 @@ from heatsink.runtime.schedule import ScheduleConfig
 from heatsink.runtime.spec import EngineSpec
 from heatsink.runtime.text import Tokenizer
 
+Progress = Callable[[str, int, int], None]
 REBUILD = "build it again with `heatsink build MODEL -o ENGINE`"
 
 
@@ -49,12 +50,22 @@ class OpenComponent:
         return run_rows(self._session, inputs, self._known.buckets, before=self.check)
 
 
-def check_files(folder: Path, manifest: Manifest) -> None:
+def check_files(folder: Path, manifest: Manifest, progress: Progress | None = None) -> None:
     """Compare every file that the manifest vouches for, by size and SHA-256.
+
+    `progress` is called with ("checking files", bytes read, bytes in all).
 
     Raises:
         EngineMismatch: names the first file that is missing or differs.
     """
+    total, done = sum(artefact.bytes for artefact in manifest.artefacts()), 0
+
+    def count(read: int) -> None:
+        nonlocal done
+        done += read
+        if progress:
+            progress("checking files", done, total)
+
     for artefact in manifest.artefacts():
         path = folder / artefact.path
         if not path.is_file():
@@ -65,7 +76,7 @@ def check_files(folder: Path, manifest: Manifest) -> None:
                 f"{folder} is damaged: {artefact.path} has {size} bytes, the manifest says "
                 f"{artefact.bytes}; {REBUILD}"
             )
-        if sha256_file(path) != artefact.sha256:
+        if sha256_file(path, count) != artefact.sha256:
             raise EngineMismatch(
                 f"{folder} is damaged: {artefact.path} has another SHA-256 than the manifest says; "
                 f"{REBUILD}"
@@ -107,7 +118,7 @@ def open_engine(
     *,
     threads: int = 0,
     verify: bool = True,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Engine:
     """Open an engine folder.
 
@@ -115,7 +126,8 @@ def open_engine(
         folder: as `heatsink build` wrote it.
         threads: of the CPU backend; 0 lets it choose.
         verify: compare every file with the manifest first. The known answers are always checked.
-        progress: called with (component, components opened, components in all).
+        progress: called with ("checking files", bytes, bytes in all), then with ("opening",
+            components opened, components in all).
 
     Raises:
         EngineMismatch: no engine folder, another version, a damaged file, or other answers than
@@ -126,7 +138,7 @@ def open_engine(
     folder = Path(folder)
     manifest = read_manifest(folder)
     if verify:
-        check_files(folder, manifest)
+        check_files(folder, manifest, progress)
     components: dict[str, OpenComponent] = {}
     for done, (name, component) in enumerate(manifest.components.items()):
         session = open_session(manifest, folder, name, threads=threads)
@@ -135,5 +147,5 @@ def open_engine(
         opened.check_first()
         components[name] = opened
         if progress:
-            progress(name, done + 1, len(manifest.components))
+            progress("opening", done + 1, len(manifest.components))
     return Engine(describe(folder, manifest), components)

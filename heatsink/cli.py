@@ -14,6 +14,7 @@ import typer
 
 from heatsink import console, flags
 from heatsink.runtime.errors import HeatsinkError, InvalidRequest, NotBuilt
+from heatsink.runtime.files import make_folder
 
 if TYPE_CHECKING:
     from heatsink.export.manifest import Manifest
@@ -112,7 +113,7 @@ def generate(
         "scheduler": scheduler,
         "size": flags.parse_size(size),
     }
-    result = _generate(engine, prompts, fields, quiet)
+    result = _generate(engine, out, prompts, fields, quiet)
     for note in dict.fromkeys(note for receipt in result.receipts for note in receipt.notes):
         console.note(note)
     paths = result.save(out)
@@ -121,20 +122,24 @@ def generate(
         print(path)
 
 
-def _generate(engine: Path, prompts: list[str], fields: dict[str, Any], quiet: bool) -> Result:
+def _generate(
+    engine: Path, out: Path, prompts: list[str], fields: dict[str, Any], quiet: bool
+) -> Result:
     import heatsink
     from heatsink.runtime.arguments import make_requests
     from heatsink.runtime.text import PromptTruncated
 
     # A wrong value is told before the engine is opened.
-    make_requests(prompts, **fields)
+    requests, _ = make_requests(prompts, **fields)
     with console.quiet_libraries(diffusers=False), warnings.catch_warnings():
         # The caller says it, once for each text.
         warnings.simplefilter("ignore", PromptTruncated)
         with console.bars(quiet) as progress:
-            opened = heatsink.load(
-                engine, progress=lambda _, done, total: progress("opening", done, total)
-            )
+            opened = heatsink.load(engine, progress=progress)
+            for request in requests:
+                opened.spec.resolve(request)
+            # A folder that can't be written is told before the work, not after it.
+            make_folder(out)
             return opened.generate(prompts, progress=progress, **fields)
 
 

@@ -103,11 +103,17 @@ def plot(comparison: Comparison, path: Path) -> None:
     axes.xaxis.set_major_locator(ticker.MaxNLocator(6))
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(
-        f"64x64, {comparison.steps} steps, guidance {comparison.guidance:g}, fp32, "
+        f"{comparison.size}, {comparison.steps} steps, guidance {comparison.guidance:g}, fp32, "
         f"{comparison.threads} CPU threads",
         fontsize=10,
     )
     figure.savefig(path, dpi=130)
+
+
+def _ratio(comparison: Comparison, count: int) -> str:
+    factor = comparison.speedup(count)
+    word = "fewer" if factor >= 1 else "more"
+    return f"{max(factor, 1 / factor):.2f}x {word} at {count}"
 
 
 def table(comparison: Comparison) -> str:
@@ -120,13 +126,13 @@ def table(comparison: Comparison) -> str:
         spread = f"{row.fastest:.4f} to {row.slowest:.4f}"
         lines.append(f"| {row.system} | {row.images} | {row.median:.4f} | {spread} |")
     counts = sorted({row.images for row in comparison.rows})
-    ratios = ", ".join(f"{comparison.speedup(n):.2f}x fewer at {n}" for n in counts)
+    ratios = ", ".join(_ratio(comparison, count) for count in counts)
     lines += [
         "",
         f"Device-seconds against diffusers eager: {ratios}. The device is the CPU: "
         f"{comparison.device}, {comparison.threads} threads. {comparison.steps} steps of "
-        f"DPM-Solver++(2M), guidance {comparison.guidance:g}, 64x64 pixels, fp32, medians of "
-        f"{comparison.rounds} interleaved rounds; diffusers in its faster layout here "
+        f"DPM-Solver++(2M), guidance {comparison.guidance:g}, {comparison.size} pixels, fp32, "
+        f"medians of {comparison.rounds} interleaved rounds; diffusers in its faster layout here "
         f"({comparison.layout}). Both drew the same pictures ({comparison.psnr:.0f} dB apart at "
         "worst).",
     ]
@@ -139,6 +145,8 @@ def _prefixed(progress: Progress, style: str) -> Progress:
 
 def run(out: Path) -> None:
     """The whole demo; writes under `out`."""
+    import torch
+
     import heatsink
     from heatsink.comparison import compare
 
@@ -154,7 +162,10 @@ def run(out: Path) -> None:
     pictures: dict[str, Sequence[Any]] = {}
     with console.bars() as progress:
         for style, folder in engines.items():
-            opened[style] = heatsink.load(folder)
+            # As many threads as PyTorch has: the comparison is of equals.
+            opened[style] = heatsink.load(
+                folder, threads=torch.get_num_threads(), progress=_prefixed(progress, style)
+            )
             result = opened[style].generate(
                 PROMPTS,
                 seed=0,

@@ -44,7 +44,7 @@ Prompt = Annotated[list[str], typer.Argument(help="what to draw; several prompts
 Engine = Annotated[Path, typer.Option(help="the engine folder")]
 PicturesOut = Annotated[Path, typer.Option("--out", "-o", help="where the pictures go")]
 Count = Annotated[
-    int, typer.Option("-n", help="pictures of each prompt, with seeds SEED, SEED+1, ...")
+    int, typer.Option("-n", help="pictures of each prompt; the seeds count on over all of them")
 ]
 Negative = Annotated[str, typer.Option(help="what to keep away from")]
 StartImage = Annotated[Path | None, typer.Option(help="start from this picture")]

@@ -77,8 +77,9 @@ def export(work: Path, out: Path) -> None:
     if (adapters / "noto.safetensors").exists():
         state = load_file(adapters / "noto.safetensors")
         save_file(to_kohya(state, diffusion.RANK), adapters / "noto-kohya.safetensors")
-    for kept in ("README.md", "evaluation.json"):
-        if (out / kept).exists():
-            shutil.copyfile(out / kept, temporary / kept)
-    shutil.rmtree(out, ignore_errors=True)
+    old = out.with_name(out.name + ".replaced")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
     temporary.rename(out)
+    shutil.rmtree(old, ignore_errors=True)

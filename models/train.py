@@ -1,8 +1,10 @@
 """Trains the bundled model from nothing: `python models/train.py all --work DIR`.
 
-Stages in order: data, vae, base, decoder, lora (each brand), controlnet, export, evaluate. Each
+Stages in order: data, vae, base, decoder, lora (each brand), controlnet, export. Each
 resumes from its checkpoint under `--work` and can be run alone. `--minutes` limits the wall-clock
 time of all the training together, shared out over the stages; a GPU is used where there is one.
+The data step needs `npm`. `models/evaluate.py` then measures the model, `models/card.py` writes its
+card: both belong to the weights, so `export` leaves neither of an older model behind.
 """
 
 from __future__ import annotations

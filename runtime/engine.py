@@ -130,20 +130,19 @@ class Engine:
         plans = [self._plan(request) for request in requests]
         if not requests:
             return Result([], [], [], clock.seconds)
-        with clock.measure("text"):
+        with _stage(clock, report, "text", len(requests)):
             conditions = self._encode_text(requests)
-            report("text", len(requests), len(requests))
-        with clock.measure("image"):
+        with _stage(clock, report, "image", sum(image is not None for image in images)):
             starts = encode_images(requests, images, self._run)
         jobs = [
             self._job(*parts)
             for parts in zip(requests, plans, conditions.rows, starts, strict=True)
         ]
         with clock.measure("unet"):
+            report("unet", 0, sum(len(job.schedule) * len(job.conditions) for job in jobs))
             self._denoise(jobs, lambda done, total: report("unet", done, total))
-        with clock.measure("vae"):
+        with _stage(clock, report, "vae", len(jobs)):
             pixels = self._decode(jobs)
-            report("vae", len(jobs), len(jobs))
         results = [pictures.to_image(each) for each in pixels]
         receipts = [
             self._receipt(*parts)
@@ -228,3 +227,14 @@ class _Clock:
         begun = time.perf_counter()
         yield
         self.seconds[stage] = time.perf_counter() - begun
+
+
+@contextmanager
+def _stage(clock: _Clock, report: Progress, name: str, total: int) -> Iterator[None]:
+    """Time a stage and report its beginning and end; nothing is reported where nothing is done."""
+    if total:
+        report(name, 0, total)
+    with clock.measure(name):
+        yield
+    if total:
+        report(name, total, total)

@@ -252,7 +252,7 @@ def test_a_damaged_engine_is_refused(run: Run, sd1_folder: Path, tmp_path: Path)
     data = bytearray((engine / "unet.onnx.data").read_bytes())
     data[1000] ^= 1
     (engine / "unet.onnx.data").write_bytes(data)
-    refused(run("generate", "a cat", "--engine", engine), "EngineMismatch: ")
+    refused(run("generate", "a cat", "--engine", engine, "-q"), "EngineMismatch: ")
     assert os.listdir() == []
 
 

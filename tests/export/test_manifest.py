@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -58,6 +59,12 @@ def fields() -> dict[str, Any]:
 
 
 def store(folder: Path, value: Any) -> Path:
+    if isinstance(value, dict):
+        value = {**value, "digest": "0" * 64}
+        with contextlib.suppress(ValidationError):
+            value["digest"] = Manifest.model_validate(
+                {k: v for k, v in value.items() if k != "digest"}
+            ).digest
     text = value if isinstance(value, str) else json.dumps(value)
     (folder / FILE_NAME).write_text(text, encoding="utf-8")
     return folder

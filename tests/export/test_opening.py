@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 import heatsink
-from heatsink.export.manifest import FILE_NAME, read_manifest
+from heatsink.export.manifest import FILE_NAME, Manifest, read_manifest
 from heatsink.export.opening import check_files
 from heatsink.runtime.errors import EngineMismatch, HeatsinkError, NotBuilt
 
@@ -31,8 +32,14 @@ def flip(path: Path, place: int) -> None:
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the manifest and, where it still fits the schema, its digest with it."""
     raw = json.loads((folder / FILE_NAME).read_text())
     change(raw)
+    del raw["digest"]
+    try:
+        raw["digest"] = Manifest.model_validate(raw).digest
+    except ValidationError:
+        raw["digest"] = "0" * 64
     (folder / FILE_NAME).write_text(json.dumps(raw))
 
 
@@ -44,7 +51,11 @@ def test_opens_as_built(sd1_folder: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     engine = load(sd1_folder, progress=lambda *args: seen.append(args))
     names = ["text_encoder", "unet", "vae_decoder", "vae_encoder"]
-    assert seen == [(name, done + 1, 4) for done, name in enumerate(names)]
+    opened = [(what, done, total) for what, done, total in seen if what == "opening"]
+    assert opened == [("opening", done + 1, 4) for done in range(len(names))]
+    size = sum(artefact.bytes for artefact in read_manifest(sd1_folder).artefacts())
+    checked = [(done, total) for what, done, total in seen if what == "checking files"]
+    assert checked[-1] == (size, size)
     manifest = read_manifest(sd1_folder)
     assert engine.spec.digest == manifest.digest
     assert engine.spec.default_size == (64, 64)
@@ -96,6 +107,24 @@ def test_a_damaged_manifest_is_found(folder: Path) -> None:
         load(folder)
     path.unlink()
     with pytest.raises(EngineMismatch, match="is not an engine folder"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ('"beta_end": 0.012', '"beta_end": 0.013'),
+        ('"force_zeros_for_empty_prompt": false', '"force_zeros_for_empty_prompt": true'),
+        ('"vae_factor": 8', '"vae_factor": 9'),
+        ('"probe_seed": 2', '"probe_seed": 3'),
+    ],
+)
+def test_a_flipped_digit_in_the_manifest_is_found(folder: Path, before: str, after: str) -> None:
+    path = folder / FILE_NAME
+    text = path.read_text()
+    assert before in text
+    path.write_text(text.replace(before, after, 1))
+    with pytest.raises(EngineMismatch, match=r"manifest\.json is damaged: its contents have"):
         load(folder)
 
 
