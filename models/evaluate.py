@@ -133,7 +133,8 @@ def fidelity(
 def control(model: Path, icons: data.Icons, device: str, count: int = 64) -> dict[str, float]:
     """Overlap (intersection over union) of generated silhouettes with their subjects'.
 
-    On subjects that the ControlNet never saw, with and without it, from the same seeds and prompts.
+    On subjects whose line art the ControlNet never saw and whose names the base was never taught,
+    so that only the line art tells the shape; with and without it, from the same seeds and prompts.
     """
     from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 
@@ -143,7 +144,7 @@ def control(model: Path, icons: data.Icons, device: str, count: int = 64) -> dic
     ).to(device)
     pipe.controlnet.to(torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    subjects = np.flatnonzero(icons.selected & icons.held_out("controlnet"))[:count]
+    subjects = np.flatnonzero(~icons.selected & icons.held_out("controlnet"))[:count]
     lines = icons.pictures[subjects, data.STYLES.index(data.LINE_ART)]
     target = icons.pictures[subjects, 0].min(-1) < 235
     images = torch.from_numpy(lines).permute(0, 3, 1, 2).float() / 255
