@@ -57,8 +57,9 @@ def render(model: Path, training: str) -> str:
     if "controlnet" in found:
         c = found["controlnet"]
         control = (
-            f"**ControlNet.** On {c['subjects']:.0f} subjects whose line art it never saw and whose "
-            "names the base was never taught, the "
+            f"**ControlNet.** It was trained for minutes only and steers weakly. On "
+            f"{c['subjects']:.0f} subjects whose line art it never saw and whose names the base "
+            "was never taught, the "
             f"silhouette of the picture overlaps that of the subject by "
             f"{c['overlap with ControlNet']:.0%} with it and "
             f"{c['overlap without ControlNet']:.0%} without it (intersection over union, same "
