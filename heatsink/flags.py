@@ -17,7 +17,9 @@ EngineOut = Annotated[Path, typer.Option("--out", "-o", help="the engine folder 
 Backend = Annotated[
     str, typer.Option(help="who runs it: onnxruntime (torch, tensorrt, tensorrt-rtx: not yet)")
 ]
-Batch = Annotated[str, typer.Option(help="rows of a UNet batch, MIN:OPT:MAX or MAX")]
+Batch = Annotated[
+    str, typer.Option(help="rows of a UNet batch, MIN:OPT:MAX or MAX; only MAX counts yet")
+]
 BuildSize = Annotated[
     str, typer.Option(help="HEIGHTxWIDTH in pixels; the model's own if not given")
 ]

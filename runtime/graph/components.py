@@ -191,6 +191,9 @@ def input_shapes(
         height: of the *latents* for `unet` and `vae_decoder`, of the image for `vae_encoder`.
         width: likewise.
         text_length: tokens of a prompt.
+
+    Raises:
+        NotBuilt: a UNet takes conditions besides these.
     """
     if component.startswith("text_encoder"):
         return {"input_ids": (BATCH, text_length)}
@@ -198,6 +201,7 @@ def input_shapes(
         return {"latents": (BATCH, config["latent_channels"], height, width)}
     if component == "vae_encoder":
         return {"image": (BATCH, config["in_channels"], height, width)}
+    _refuse_unknown_conditions(config)
     shapes: dict[str, Shape] = {
         "sample": (BATCH, config["in_channels"], height, width),
         "timestep": (BATCH,),
@@ -208,3 +212,17 @@ def input_shapes(
         shapes["text_embeds"] = (BATCH, config["projection_class_embeddings_input_dim"] - times)
         shapes["time_ids"] = (BATCH, 6)
     return shapes
+
+
+def _refuse_unknown_conditions(config: Mapping[str, Any]) -> None:
+    """Refuse a UNet with conditions that no input carries: it would run without them, unnoticed."""
+    known = {"addition_embed_type": (None, "text_time")}
+    for key in (
+        "addition_embed_type",
+        "class_embed_type",
+        "encoder_hid_dim_type",
+        "time_cond_proj_dim",
+    ):
+        value = config.get(key)
+        if value not in known.get(key, (None,)):
+            raise NotBuilt(f"unet: {key} {value!r} is not supported yet")

@@ -215,3 +215,18 @@ def test_input_shapes_follow_the_configuration(cases: Any) -> None:
     # A size such as 2,049 is no number of half precision.
     assert {n for n, dtype in half.items() if dtype == torch.float32} == {"timestep", "time_ids"}
     assert set(shapes) == {*INTERFACES["unet"].inputs, *INTERFACES["unet"].optional}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("time_cond_proj_dim", 256),
+        ("class_embed_type", "timestep"),
+        ("addition_embed_type", "image"),
+    ],
+)
+def test_a_unet_with_conditions_that_no_input_carries_is_refused(key: str, value: object) -> None:
+    config = {"in_channels": 4, "cross_attention_dim": 8}
+    assert "text_embeds" not in input_shapes("unet", config, height=8, width=8)
+    with pytest.raises(NotBuilt, match=f"unet: {key} "):
+        input_shapes("unet", {**config, key: value}, height=8, width=8)
