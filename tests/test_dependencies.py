@@ -52,7 +52,7 @@ def test_lock_holds_nothing_but_exact_versions() -> None:
     assert len(pins()) == len(lock_lines())
 
 
-def test_lock_is_the_cpu_build() -> None:
+def test_lock_pins_torch_and_names_no_gpu_package() -> None:
     assert pins()["torch"] == Version("2.13.0")
     gpu = re.compile(r"nvidia|cuda|cupy|triton|tensorrt|xformers|onnxruntime-gpu")
     assert [name for name in pins() if gpu.search(name)] == []
