@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,11 @@ def export(work: Path, out: Path) -> None:
     if (adapters / "noto.safetensors").exists():
         state = load_file(adapters / "noto.safetensors")
         save_file(to_kohya(state, diffusion.RANK), adapters / "noto-kohya.safetensors")
+    for path in temporary.glob("*/config.json"):
+        # Where the checkpoints lay on the machine that trained them is nobody's business.
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     old = out.with_name(out.name + ".replaced")
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():

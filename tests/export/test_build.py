@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,9 +16,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import heatsink
-from heatsink.export import components
 from heatsink.export.build import Options, Report, build
-from heatsink.export.manifest import FILE_NAME, read_manifest
+from heatsink.export.manifest import read_manifest
 from heatsink.runtime import noise
 from heatsink.runtime.adapter_delta import AdapterDelta
 from heatsink.runtime.adapter_write import write_adapter
@@ -33,7 +30,6 @@ from heatsink.runtime.errors import (
     NonFiniteWeights,
     NotBuilt,
     NumericError,
-    ResourceError,
     UnsafeFile,
 )
 from heatsink.runtime.model import Model
@@ -62,32 +58,6 @@ def change_weight(path: Path, value: float) -> str:
     tensors[name].view(-1)[0] = value
     save_file(tensors, path, {"format": "pt"})
     return name
-
-
-class Unneeded(Exception):
-    """Something was built that should have been taken over."""
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Path:
-    """An empty folder: what is left in it after a failure is what was left behind."""
-    folder = tmp_path / "place"
-    folder.mkdir()
-    return folder
-
-
-@pytest.fixture
-def old(sd1_folder: Path, place: Path) -> Path:
-    """An engine that stands where another one is to be built."""
-    return Path(shutil.copytree(sd1_folder, place / "engine"))
-
-
-@pytest.fixture
-def no_building(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(model: Any, plan: Any, *rest: Any) -> Any:
-        raise Unneeded(plan.name)
-
-    monkeypatch.setattr(components, "build", refuse)
 
 
 def test_the_manifest_tells_what_was_built(sd1_folder: Path, tiny_sd1: Path) -> None:
@@ -159,7 +129,7 @@ def test_changed_weights_rebuild_their_component_alone(
     model = copy_model(tiny_sd1)
     change_weight(model / file, 0.25)
     # The order is that of PARTS: what comes before was taken over.
-    with pytest.raises(Unneeded, match=f"^{built}$"):
+    with pytest.raises(AssertionError, match=f"^{built}$"):
         build(model, place / "engine", Options(batch=BATCH), reuse=[sd1_folder])
     plans = {
         name: Model.open(model).digest(name) == Model.open(tiny_sd1).digest(name) for name in PARTS
@@ -171,7 +141,7 @@ def test_changed_weights_rebuild_their_component_alone(
 @pytest.mark.usefixtures("no_building")
 def test_other_options_reuse_nothing(tiny_sd1: Path, sd1_folder: Path, place: Path) -> None:
     for options in (Options(batch=(1, 2, 3)), Options(batch=BATCH, strict=False)):
-        with pytest.raises(Unneeded, match="text_encoder"):
+        with pytest.raises(AssertionError, match="text_encoder"):
             build(tiny_sd1, place / "engine", options, reuse=[sd1_folder])
 
 
@@ -264,161 +234,6 @@ def test_weights_that_overflow_are_refused(
     save_file(tensors, path, {"format": "pt"})
     with pytest.raises(NonFiniteWeights, match="text_encoder: output 'hidden' is not finite"):
         build(model, place / "engine", Options(batch=BATCH), reuse=[sd1_folder])
-    assert os.listdir(place) == []
-
-
-# Where it may be written
-
-
-def test_what_is_no_engine_is_left_alone(tiny_sd1: Path, place: Path) -> None:
-    (place / "thesis.txt").write_text("years of work")
-    (place / FILE_NAME).write_text('{"name": "a web page", "start_url": "/"}')
-    before = contents(place)
-    for out in (place, place / "thesis.txt"):
-        with pytest.raises(CallerError, match="left as it is"):
-            build(tiny_sd1, out)
-    assert contents(place) == before
-
-
-def test_an_engine_with_other_files_is_left_alone(tiny_sd1: Path, old: Path) -> None:
-    (old / "pictures").mkdir()
-    (old / "pictures" / "image-7.png").write_bytes(b"mine")
-    before = contents(old)
-    with pytest.raises(CallerError, match=r"1 files .*such as pictures/image-7\.png"):
-        build(tiny_sd1, old, Options(batch=BATCH))
-    assert contents(old) == before
-
-
-@pytest.mark.usefixtures("no_building")
-def test_a_damaged_engine_and_an_empty_folder_are_replaced(
-    tiny_sd1: Path, sd1_folder: Path, old: Path
-) -> None:
-    (old / FILE_NAME).write_text((old / FILE_NAME).read_text()[:-100])
-    (old.parent / "empty").mkdir()
-    for out in (old, old.parent / "empty", old.parent / "new" / "deep"):
-        report = build(tiny_sd1, out, Options(batch=BATCH), reuse=[sd1_folder])
-        assert report.reused == PARTS
-        assert contents(out) == contents(sd1_folder)
-    assert sorted(os.listdir(old.parent)) == ["empty", "engine", "new"]
-
-
-@pytest.mark.usefixtures("no_building")
-def test_a_link_stays_one(tiny_sd1: Path, sd1_folder: Path, old: Path) -> None:
-    link = old.parent / "link"
-    link.symlink_to("engine")
-    build(tiny_sd1, link, Options(batch=BATCH))
-    assert link.is_symlink()
-    assert contents(old) == contents(sd1_folder)
-    assert sorted(os.listdir(old.parent)) == ["engine", "link"]
-
-
-def test_a_path_through_a_file_is_refused(tiny_sd1: Path, place: Path) -> None:
-    (place / "file").write_text("x")
-    with pytest.raises(CallerError, match="can't be written"):
-        build(tiny_sd1, place / "file" / "engine")
-
-
-# When it goes wrong half-way
-
-
-def test_a_disk_without_room_is_told_before_anything_is_written(
-    tiny_sd1: Path, old: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = contents(old.parent)
-    usage = SimpleNamespace(total=10**9, used=10**9, free=1_000_000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(ResourceError, match=r"has 1 MB free; this engine needs about [0-9]+ MB"):
-        build(tiny_sd1, old, Options(batch=BATCH))
-    assert contents(old.parent) == before
-
-
-def no_space(*args: Any, **kwargs: Any) -> Any:
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def failing_copies(after: int, error: Callable[..., Any]) -> Callable[..., Any]:
-    """shutil.copyfile that fails, leaving half a file, once it has copied `after` files."""
-    copy, done = shutil.copyfile, []
-
-    def copyfile(source: Path, target: Path, **options: Any) -> Any:
-        done.append(target)
-        if len(done) <= after:
-            return copy(source, target, **options)
-        Path(target).write_bytes(Path(source).read_bytes()[:10])
-        return error()
-
-    return copyfile
-
-
-def interrupted(*args: Any, **kwargs: Any) -> Any:
-    raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize("after", [0, 4, 12])
-def test_a_disk_that_fills_up_leaves_the_old_engine(
-    tiny_sd1: Path, old: Path, monkeypatch: pytest.MonkeyPatch, after: int
-) -> None:
-    before = contents(old.parent)
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "copyfile", failing_copies(after, no_space))
-        with pytest.raises(ResourceError, match=r"no space is left for .*engine"):
-            build(tiny_sd1, old, Options(batch=BATCH))
-    assert contents(old.parent) == before
-
-
-def test_a_disk_that_fills_up_while_weights_are_written(
-    tiny_sd1: Path, copy_model: CopyModel, old: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import onnx_ir
-
-    def half_a_file(model: Any, path: Path, **options: Any) -> None:
-        Path(path).write_bytes(b"half")
-        no_space()
-
-    model = copy_model(tiny_sd1)
-    change_weight(model / "text_encoder" / "model.safetensors", 0.25)
-    before = contents(old.parent)
-    monkeypatch.setattr(onnx_ir, "save", half_a_file)
-    with pytest.raises(ResourceError, match="No space left"):
-        build(model, old, Options(batch=BATCH))
-    assert contents(old.parent) == before
-
-
-@pytest.mark.parametrize("after", [0, 4, 12])
-def test_an_interruption_leaves_the_old_engine(
-    tiny_sd1: Path, old: Path, monkeypatch: pytest.MonkeyPatch, after: int
-) -> None:
-    before = contents(old.parent)
-    monkeypatch.setattr(shutil, "copyfile", failing_copies(after, interrupted))
-    with pytest.raises(KeyboardInterrupt):
-        build(tiny_sd1, old, Options(batch=BATCH))
-    assert contents(old.parent) == before
-
-
-@pytest.mark.parametrize("call", [1, 2])
-def test_an_interruption_of_the_exchange_leaves_the_old_engine(
-    tiny_sd1: Path, old: Path, monkeypatch: pytest.MonkeyPatch, call: int
-) -> None:
-    before, rename, calls = contents(old.parent), Path.rename, []
-
-    def renaming(self: Path, target: Path) -> Path:
-        calls.append(target)
-        if len(calls) == call:
-            raise KeyboardInterrupt
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", renaming)
-    with pytest.raises(KeyboardInterrupt):
-        build(tiny_sd1, old, Options(batch=BATCH))
-    assert contents(old.parent) == before
-
-
-def test_a_fault_leaves_nothing_where_nothing_was(
-    tiny_sd1: Path, sd1_folder: Path, place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shutil, "copyfile", failing_copies(4, interrupted))
-    with pytest.raises(KeyboardInterrupt):
-        build(tiny_sd1, place / "engine", Options(batch=BATCH), reuse=[sd1_folder])
     assert os.listdir(place) == []
 
 
