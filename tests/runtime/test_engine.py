@@ -314,7 +314,8 @@ def test_receipts_and_results_tell_what_was_done(sd1_engine: Engine) -> None:
         assert receipt.engine == sd1_engine.spec.digest
         assert (receipt.steps, receipt.rows, receipt.notes) == (3, 2, ())
     assert seen == [
-        ("text", 2, 2), ("unet", 4, 12), ("unet", 8, 12), ("unet", 12, 12), ("vae", 2, 2),
+        ("text", 0, 2), ("text", 2, 2), ("unet", 0, 12), ("unet", 4, 12), ("unet", 8, 12),
+        ("unet", 12, 12), ("vae", 0, 2), ("vae", 2, 2),
     ]  # fmt: skip
     assert set(result.seconds) == {"text", "image", "unet", "vae"}
     assert len(sd1_engine.generate([])) == 0
