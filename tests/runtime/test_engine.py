@@ -393,9 +393,3 @@ def test_a_picture_must_be_the_requests_own(sd1_engine: Engine) -> None:
     ):
         with pytest.raises(InvalidRequest, match=message):
             sd1_engine.run(requests, images)
-
-
-def test_an_engine_without_an_encoder_says_so(sd1_engine: Engine) -> None:
-    parts = {k: v for k, v in sd1_engine._components.items() if k != "vae_encoder"}
-    with pytest.raises(NotBuilt, match="built without vae_encoder"):
-        Engine(sd1_engine.spec, parts).generate("a cat", image=picture(1), steps=2)

@@ -1,4 +1,4 @@
-"""A component that gives NaN is named, with the request and the step."""
+"""Components that are missing, or that give NaN, are named."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from heatsink.runtime.engine import Engine
-from heatsink.runtime.errors import NumericError
+from heatsink.runtime.errors import NotBuilt, NumericError
 
 
 @pytest.mark.parametrize("part", ["vae_decoder", "vae_encoder", "unet"])
@@ -22,3 +22,9 @@ def test_a_component_that_gives_nan_is_named(sd1_engine: Engine, part: str) -> N
     start = Image.new("RGB", (64, 64), "red")
     with pytest.raises(NumericError, match=rf"seed 77.*: {part} gave a non-finite value"):
         engine.generate("a cat", image=start, seed=77, steps=2)
+
+
+def test_an_engine_without_an_encoder_says_so(sd1_engine: Engine) -> None:
+    parts = {k: v for k, v in sd1_engine._components.items() if k != "vae_encoder"}
+    with pytest.raises(NotBuilt, match="built without vae_encoder"):
+        Engine(sd1_engine.spec, parts).generate("a cat", image=Image.new("RGB", (64, 64)), steps=2)
