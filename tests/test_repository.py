@@ -85,7 +85,7 @@ def test_nothing_names_a_machine_or_where_packages_come_from(pattern: str) -> No
         (
             MACHINE_PATHS,
             "open('/ho" + "me/me/x')",
-            "https://example.com/home/x, ./work/x, out/root/x",
+            "https://example.com/home/x, ./some/x, out/root/x",
         ),
     ],
 )
