@@ -105,7 +105,7 @@ $(DEPENDENCIES):
 			"Name a newer one: make PYTHON=python3.11"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 		echo "$(PYTHON) can't make environments. On Debian 12: apt install python3.11-venv"; exit 1; }
-	@echo "Making $(VENV) and installing what requirements.lock lists (about 400 MB with a CPU build of PyTorch, some minutes) ..."
+	@echo "Making $(VENV) and installing what requirements.lock lists (about 700 MB with a CPU build of PyTorch, some minutes) ..."
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install -r requirements.lock
 	@touch $@

@@ -19,8 +19,9 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError
 
 MINIMUM_TORCH = (2, 11)
-SOURCES = ["csrc/module.cpp", "csrc/fingerprint.cpp", "csrc/noise.cpp"]
-HEADERS = ["csrc/interface.h", "csrc/fingerprint_tile.h"]
+# Sorted, so that the same sources give the same binary.
+SOURCES = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
+HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
 # The stable ABI of PyTorch 2.11 and the limited API of Python 3.11: one binary for all later ones.
 MACROS = [("TORCH_TARGET_VERSION", "0x020B000000000000ULL"), ("Py_LIMITED_API", "0x030B0000")]
 # Contraction would change bits. Neither -fno-math-errno nor -fno-trapping-math does; they let

@@ -13,7 +13,7 @@ import importlib.util
 import os
 import warnings
 
-INTERFACE = 1
+INTERFACE = 2
 
 
 @functools.cache

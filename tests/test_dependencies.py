@@ -18,7 +18,7 @@ from packaging.version import Version
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Where the module and the distribution that brings it have different names.
-DISTRIBUTIONS = {"PIL": "pillow", "cuda": "cuda-python", "multipart": "python-multipart"}
+DISTRIBUTIONS = {"PIL": "pillow", "cuda": "cuda-bindings", "multipart": "python-multipart"}
 
 
 def lock_lines() -> list[str]:
@@ -54,8 +54,10 @@ def test_lock_holds_nothing_but_exact_versions() -> None:
 
 def test_lock_pins_torch_and_names_no_gpu_package() -> None:
     assert pins()["torch"] == Version("2.13.0")
-    gpu = re.compile(r"nvidia|cuda|cupy|triton|tensorrt|xformers|onnxruntime-gpu")
-    assert [name for name in pins() if gpu.search(name)] == []
+    gpu = re.compile(r"nvidia|cuda|cupy|tensorrt|xformers|onnxruntime-gpu")
+    # Bindings to the driver, megabytes small, that import without one; and what they import.
+    bindings = {"cuda-bindings", "cuda-pathfinder"}
+    assert [name for name in pins() if gpu.search(name) and name not in bindings] == []
 
 
 def test_lock_satisfies_what_development_needs() -> None:
@@ -118,7 +120,7 @@ def test_what_the_code_imports_is_declared(folder: str) -> None:
         canonicalize_name(r.name) for r in requirements(*PROJECT["optional-dependencies"])
     }
     # Training and the Triton kernels are reached only through their extras.
-    extra: dict[str, set[str]] = {"models": {*optional}, "kernels": {"triton"}}
+    extra: dict[str, set[str]] = {"models": {*optional}, "kernels": {"triton", "cuda-bindings"}}
     at_once = base | extra.get(folder, set())
     undeclared = set()
     for path in (ROOT / folder).rglob("*.py"):

@@ -1,7 +1,5 @@
-"""What each op computes, written as plainly as it can be, to check the fast ones against.
-
-Nothing here is vectorised or imports PyTorch: integers are Python's, and where an op is specified
-in float32 operations each is one NumPy scalar operation, rounded once.
+"""Fingerprints and noise: integers are Python's, and where an op is specified in float32 operations
+each is one NumPy scalar operation, rounded once.
 """
 
 from __future__ import annotations

@@ -1,0 +1,140 @@
+"""A launch of a Triton kernel as data: what runs it, compiles it ahead of time and tunes it agree.
+
+An op's `plan` makes its launches from tensors, which may lie on the meta device; `run` executes
+them: from an opened cache of compiled kernels, or through Triton.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heatsink.kernels.errors import MissingTriton
+
+ARCHS = (80, 89, 90, 100, 120)
+ALIGNMENT = 16
+
+Value = Tensor | int | float | None
+
+_POINTERS = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.float8_e4m3fn: "*fp8e4nv",
+    torch.int8: "*i8",
+    torch.int16: "*i16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+    torch.bool: "*i1",
+}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A Triton kernel: where it is, and what it may be compiled for.
+
+    Attributes:
+        name: the function's name without `_` and `_kernel`; unique in the package.
+        module: its module's name under `heatsink.kernels.jit`.
+        archs: the architectures it is written for: 90 is sm_90.
+        plain: integer parameters that are never specialised, so that one binary serves every
+            value; the function's `do_not_specialize` names the same.
+        fusion: whether products and sums may be contracted; False where bits are specified.
+    """
+
+    name: str
+    module: str
+    archs: tuple[int, ...] = ARCHS
+    plain: tuple[str, ...] = ()
+    fusion: bool = True
+
+    def function(self) -> Any:
+        """The `triton.jit` function.
+
+        Raises:
+            MissingTriton: if Triton is not installed.
+        """
+        try:
+            module = importlib.import_module(f"heatsink.kernels.jit.{self.module}")
+        except ModuleNotFoundError as error:
+            if (error.name or "").split(".")[0] != "triton":
+                raise
+            raise MissingTriton(
+                f"{self.name}: expected Triton, which is not installed: pip install 'heatsink[gpu]'"
+            ) from None
+        return getattr(module, f"_{self.name}_kernel")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch.
+
+    Attributes:
+        kernel: what is launched.
+        grid: programs along x, y, z; nothing is launched where one is 0.
+        args: the parameters by name in the function's order; None is a constant.
+        constants: the `tl.constexpr` parameters.
+        warps: warps of a program.
+        stages: depth of the software pipeline.
+    """
+
+    kernel: Kernel
+    grid: tuple[int, int, int]
+    args: Mapping[str, Value]
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    warps: int = 4
+    stages: int = 2
+
+    def signature(self) -> dict[str, str]:
+        """Each parameter's type as Triton specialises it: `*fp16:16`, `i32:16`, `i32`, `=1`.
+
+        `:16` marks what is known to be divisible by 16 (an address, in bytes); `=` a constant.
+        """
+        return {name: _type_of(name, value, self.kernel) for name, value in self.args.items()}
+
+    def key(self) -> str:
+        """What distinguishes the binary of this launch from the kernel's others."""
+        types = ",".join(f"{name}:{kind}" for name, kind in self.signature().items())
+        constants = ",".join(f"{name}={value}" for name, value in sorted(self.constants.items()))
+        return f"{self.kernel.name}({types})[{constants}]w{self.warps}s{self.stages}"
+
+
+def _type_of(name: str, value: Value, kernel: Kernel) -> str:
+    if value is None:
+        return "=None"
+    if isinstance(value, Tensor):
+        # A tensor without memory stands for one as the allocator gives it.
+        aligned = value.device.type == "meta" or value.data_ptr() % ALIGNMENT == 0
+        return _POINTERS[value.dtype] + (":16" if aligned else "")
+    if isinstance(value, float):
+        return "fp32"
+    kind = "i32" if -(2**31) <= value < 2**31 else "i64"
+    if name in kernel.plain:
+        return kind
+    if value == 1:
+        return "=1"
+    return kind + (":16" if value % ALIGNMENT == 0 else "")
+
+
+def run(launches: Iterable[Launch]) -> None:
+    """Execute launches in order, queued on the current stream of their tensors' device.
+
+    Raises:
+        MissingTriton: if a kernel must be compiled and Triton is not installed.
+    """
+    for launch in launches:
+        if 0 in launch.grid:
+            continue
+        launch.kernel.function()[launch.grid](
+            **launch.args,
+            **launch.constants,
+            num_warps=launch.warps,
+            num_stages=launch.stages,
+            enable_fp_fusion=launch.kernel.fusion,
+        )

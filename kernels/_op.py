@@ -1,0 +1,62 @@
+"""What the tools (ahead-of-time compilation, tuning, benchmarks) know of an op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heatsink.kernels._config import Config, Key
+from heatsink.kernels._launch import Kernel, Launch
+
+Inputs = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One real use of an op.
+
+    Attributes:
+        name: such as `sd15-self-64-fp16`; unique for the op.
+        make: the public function's keyword arguments on a device (`meta`: without values).
+    """
+
+    name: str
+    make: Callable[[torch.device], Inputs]
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op as the tools see it.
+
+    Attributes:
+        name: the public function's, and the op's in `torch.ops.heatsink`.
+        public: the public function.
+        kernels: every Triton kernel that it may launch.
+        cases: its real uses; the first is what CI compiles, so it must reach every kernel
+            together with those listed in `smoke`.
+        key: per-row dimensions that its configuration depends on, from the inputs.
+        plan: `(config, inputs) -> (outputs, launches)`; allocates outputs and scratch.
+        space: configurations worth trying, for a key and an architecture.
+        smoke: names of the cases that together reach every kernel.
+    """
+
+    name: str
+    public: Callable[..., Any]
+    kernels: tuple[Kernel, ...]
+    cases: tuple[Case, ...]
+    key: Callable[..., Key]
+    plan: Callable[..., tuple[Any, list[Launch]]]
+    space: Callable[[Key, int], list[Config]]
+    smoke: tuple[str, ...] = ()
+
+
+def normal(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
+    """Unit normal values of a fixed seed; without values on the meta device."""
+    if device.type == "meta":
+        return torch.empty(shape, dtype=dtype, device=device)
+    generator = torch.Generator(device=device).manual_seed(seed)
+    return torch.randn(shape, generator=generator, device=device).to(dtype)

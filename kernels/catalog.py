@@ -1,0 +1,16 @@
+"""Every op that has Triton kernels, for the tools; importing it imports them all."""
+
+from __future__ import annotations
+
+import importlib
+
+from heatsink.kernels._op import Op
+
+# Modules of this package, each with an `OP`.
+MODULES = ("silu_mul",)
+
+
+def ops() -> dict[str, Op]:
+    """The ops by name."""
+    found = [importlib.import_module(f"heatsink.kernels.{name}").OP for name in MODULES]
+    return {op.name: op for op in found}
