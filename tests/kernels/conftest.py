@@ -20,11 +20,13 @@ Rows = dict[str, Any]
 def nan_memory() -> Iterator[None]:
     """`torch.empty` gives NaN, so that an element nobody wrote shows."""
     before = torch.are_deterministic_algorithms_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    # mypy does not see what the module is replaced by at import.
+    deterministic: Any = torch.utils.deterministic
+    filled = deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    deterministic.fill_uninitialized_memory = True
     yield
-    torch.utils.deterministic.fill_uninitialized_memory = filled
+    deterministic.fill_uninitialized_memory = filled
     torch.use_deterministic_algorithms(before)
 
 
