@@ -28,18 +28,6 @@ HEATSINK_INLINE void store_vector(float* to, const Vector& value) {
   std::memcpy(to, &value, sizeof value);
 }
 
-// The lanes' sum: lane j with lane j + 8, then + 4, + 2, + 1.
-HEATSINK_INLINE float sum_of_lanes(const Vector& value) {
-  float lanes[kLanes];
-  store_vector(lanes, value);
-  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
-    for (int64_t j = 0; j < width; ++j) {
-      lanes[j] += lanes[j + width];
-    }
-  }
-  return lanes[0];
-}
-
 // x / (1 + 2^t), t = -x log2(e), for float with its integers or for Vector with its own.
 //
 // t is clamped to [-126, 118] and split into an integer n and a fraction f. For f, 2^f = (p + q) /

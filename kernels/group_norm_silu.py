@@ -33,6 +33,7 @@ from heatsink.kernels._config import Config, Key, lookup, target_of
 from heatsink.kernels._launch import Kernel, Launch, Value, run
 from heatsink.kernels._op import Case, Inputs, Op, normal
 from heatsink.kernels._pixels import as_pixels, empty_like_pixels, group_norm_torch
+from heatsink.kernels._rows import dense, power_of_two
 
 _SIZES = ("pixels", "groups", "group_size")
 WHOLE = Kernel("group_norm_whole", module="group_norm_silu", plain=_SIZES)
@@ -97,11 +98,6 @@ def group_norm_silu(
     return out
 
 
-def power_of_two(count: int) -> int:
-    """The least power of two that is `count` or more."""
-    return 1 << max(0, count - 1).bit_length()
-
-
 def _groups_together(groups: int, group_size: int) -> int:
     return min(groups, max(1, _LINE // group_size))
 
@@ -121,12 +117,6 @@ def key(x: Tensor, groups: int, **_: object) -> Key:
         "tile": power_of_two(pixels) * wide,
         "dtype": short(x.dtype),
     }
-
-
-def _dense(x: Tensor | None) -> Tensor | None:
-    if x is None or x.stride(-1) == 1 or x.shape[-1] == 1:
-        return x
-    return x.contiguous()
 
 
 def _stride(x: Tensor | None) -> int:
@@ -150,10 +140,10 @@ def plan(
     if x.numel() == 0:
         return out, []
     pixels = as_pixels(x)
-    scale, shift = _dense(scale), _dense(shift)
+    scale, shift = dense(scale), dense(shift)
     given: dict[str, Value] = {
-        "weight_ptr": _dense(weight),
-        "bias_ptr": _dense(bias),
+        "weight_ptr": dense(weight),
+        "bias_ptr": dense(bias),
         "scale_ptr": scale,
         "shift_ptr": shift,
     }
