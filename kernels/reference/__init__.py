@@ -13,13 +13,17 @@ from heatsink.kernels.reference.exact import (
     word_to_normal,
 )
 from heatsink.kernels.reference.gates import silu_mul
+from heatsink.kernels.reference.norms import group_norm_silu, layer_norm, rms_norm
 
 __all__ = [
     "FINGERPRINT_FORMATS",
     "fingerprint_key",
     "fingerprint_row",
+    "group_norm_silu",
+    "layer_norm",
     "noise_word",
     "philox_4x32_10",
+    "rms_norm",
     "silu_mul",
     "word_to_normal",
 ]
