@@ -12,12 +12,13 @@ from heatsink.kernels.reference.exact import (
     philox_4x32_10,
     word_to_normal,
 )
-from heatsink.kernels.reference.gates import silu_mul
+from heatsink.kernels.reference.gates import geglu, silu_mul
 
 __all__ = [
     "FINGERPRINT_FORMATS",
     "fingerprint_key",
     "fingerprint_row",
+    "geglu",
     "noise_word",
     "philox_4x32_10",
     "silu_mul",
