@@ -13,6 +13,7 @@ from heatsink.kernels.reference.exact import (
     word_to_normal,
 )
 from heatsink.kernels.reference.gates import geglu, silu_mul
+from heatsink.kernels.reference.positions import rotary
 
 __all__ = [
     "FINGERPRINT_FORMATS",
@@ -21,6 +22,7 @@ __all__ = [
     "geglu",
     "noise_word",
     "philox_4x32_10",
+    "rotary",
     "silu_mul",
     "word_to_normal",
 ]
