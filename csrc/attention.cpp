@@ -134,11 +134,14 @@ Tensor attention(Tensor q, Tensor k, Tensor v, double scale, bool causal,
   if (a.batch * a.queries * a.heads * a.channels == 0) {
     return out;
   }
+  if (a.keys == 0) {
+    return torch::stable::zero_(out);
+  }
   a.out = out.mutable_data_ptr();
   a.chunk = choose_chunk(a);
 
   static const AttentionKernel kernel = choose_kernel();
-  const int64_t products = 2 * a.chunk * std::max<int64_t>(a.keys, 1) * a.channels;
+  const int64_t products = 2 * a.chunk * a.keys * a.channels;
   const int64_t grain = std::max<int64_t>(1, kGrainProducts / products);
   const int64_t floats = heatsink::scratch_floats(a);
   torch::stable::parallel_for(0, count_tasks(a), grain, [&](int64_t begin, int64_t end) {
