@@ -61,6 +61,15 @@ def target_of(device: torch.device) -> Target:
     return _cuda_target(torch.cuda.current_device() if device.index is None else device.index)
 
 
+def targets(arch: int) -> list[Target]:
+    """The targets of an architecture: the default, and each device with a file that names it."""
+    devices = []
+    for path in sorted(FOLDER.glob("*.json")):
+        if json.loads(path.read_text("utf-8")).get("arch") == arch:
+            devices.append(Target(path.stem, arch))
+    return [Target("", arch), *devices]
+
+
 @functools.cache
 def _entries(name: str) -> dict[str, list[dict[str, Any]]]:
     path = FOLDER / f"{name}.json"
