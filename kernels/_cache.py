@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from heatsink.kernels._compile import Binary, Job
+from heatsink.kernels._compile import Binary, Job, binary_from
 from heatsink.kernels._sources import digest_of
 from heatsink.kernels.errors import CacheMismatch, KernelError
 
@@ -151,9 +151,7 @@ class Cache:
                 kernel=fields["kernel"],
                 arch=fields["arch"],
                 runs_on=tuple(fields["runs_on"]),
-                binary=Binary(
-                    **{**fields["binary"], "scratch": tuple(fields["binary"]["scratch"])}
-                ),
+                binary=binary_from(fields["binary"]),
             )
             for fields in index["binaries"]
         )

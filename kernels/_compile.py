@@ -1,8 +1,8 @@
 """Compiles kernels for an architecture without a GPU: the process that does it, and what it gives.
 
-`python -m heatsink.kernels._compile FOLDER` reads jobs as lines of JSON and answers each with a
-line; binaries go to files in FOLDER. It loads Triton and no PyTorch, and is a process of its own
-because a kernel defined while `TRITON_INTERPRET` is set can't be compiled any more.
+`main` reads jobs as lines of JSON and answers each with a line; binaries go to files in the folder
+that is its argument. It loads Triton and no PyTorch, and is a process of its own because a kernel
+defined while `TRITON_INTERPRET` is set can't be compiled any more.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from heatsink.kernels.errors import KernelError, MissingTriton
 
 # No paths of this machine in the binaries: the same sources give the same bytes everywhere.
 ENVIRONMENT = {"TRITON_DISABLE_LINE_INFO": "1"}
+
+_TRITON = "Triton, which is not installed: pip install 'heatsink[kernels]'"
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,23 @@ class Binary:
     triton: str
 
 
+def binary_from(fields: Mapping[str, Any]) -> Binary:
+    """A `Binary` as JSON gives its fields back."""
+    return Binary(**{**fields, "scratch": tuple(fields["scratch"])})
+
+
+def triton_version() -> str:
+    """The version of Triton that is installed.
+
+    Raises:
+        MissingTriton: if none is.
+    """
+    try:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        raise MissingTriton(f"expected {_TRITON}") from None
+
+
 def jit_function(name: str, module: str) -> Any:
     """The Triton function of a kernel.
 
@@ -84,9 +104,7 @@ def jit_function(name: str, module: str) -> Any:
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] != "triton":
             raise
-        raise MissingTriton(
-            f"{name}: expected Triton, which is not installed: pip install 'heatsink[kernels]'"
-        ) from None
+        raise MissingTriton(f"{name}: expected {_TRITON}") from None
     return getattr(found, f"_{name}_kernel")
 
 
@@ -108,8 +126,8 @@ def source_of(job: Job) -> Any:
     plain = sorted(p.name for p in function.params if p.do_not_specialize)
     if plain != sorted(job.plain):
         raise KernelError(
-            f"{job.kernel}: expected plain parameters as the function's do_not_specialize, {plain}, "
-            f"got {sorted(job.plain)}"
+            f"{job.kernel}: expected its plain parameters to be the function's do_not_specialize, "
+            f"{plain}, got {sorted(job.plain)}"
         )
     types: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
@@ -223,12 +241,8 @@ def main() -> None:
     for line in sys.stdin:
         job = Job(**json.loads(line))
         try:
-            answer = {"binary": asdict(compile_job(job, folder))}
+            answer: dict[str, Any] = {"binary": asdict(compile_job(job, folder))}
         # Triton raises whatever its stages raise; all of it is told to who sent the job.
         except Exception as error:  # noqa: BLE001
             answer = {"error": type(error).__name__, "text": str(error)}
         print(json.dumps(answer), file=answers, flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -6,7 +6,6 @@ order with the constants left out, and two pointers to scratch memory after them
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import threading
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor
 from heatsink.kernels._compile import Binary
 from heatsink.kernels._config import target_of
 from heatsink.kernels._launch import Launch
-from heatsink.kernels._params import layout, packer, passed
+from heatsink.kernels._params import Parameters
 from heatsink.kernels.errors import KernelError
 
 # What a kernel may use without asking for more.
@@ -103,14 +102,7 @@ class Function:
         assert alignment <= 512
         self._shared = binary.shared
         self._threads = _WARP * binary.warps
-        formats = passed(launch.signature())
-        self._names = tuple(formats)
-        self._packer = packer(formats.values())
-        self._buffer = ctypes.create_string_buffer(self._packer.size)
-        start = ctypes.addressof(self._buffer)
-        places = [start + offset for offset, _ in layout(formats.values())]
-        self._pointers = (ctypes.c_void_p * len(places))(*places)
-        self._address = ctypes.addressof(self._pointers)
+        self._parameters = Parameters(launch.signature())
         # One buffer for all threads: the driver copies it before it returns.
         self._lock = threading.Lock()
         driver()
@@ -126,11 +118,6 @@ class Function:
         self._entry, self._launch = entry, getattr(driver(), entry)
         # The cooperative form takes no last argument.
         self._rest = () if binary.cooperative else (0,)
-
-    def values(self, launch: Launch, scratch: int = 0) -> tuple[int | float, ...]:
-        """What is packed for a launch: addresses and numbers, scratch memory, no profiler."""
-        args = [launch.args[name] for name in self._names]
-        return (*(a.data_ptr() if isinstance(a, Tensor) else a for a in args), scratch, 0)
 
     def __call__(self, launch: Launch) -> None:
         """Queue a launch on PyTorch's current stream of the device.
@@ -153,13 +140,14 @@ class Function:
             scratch = torch.empty(
                 size, dtype=torch.uint8, device=torch.device("cuda", self._device)
             )
-        values = self.values(launch, 0 if scratch is None else scratch.data_ptr())
-        place = (x, y, z, self._threads, 1, 1, self._shared, stream, self._address, *self._rest)
+        address = 0 if scratch is None else scratch.data_ptr()
+        parameters = self._parameters
+        place = (x, y, z, self._threads, 1, 1, self._shared, stream, parameters.address)
         with self._lock:
-            self._packer.pack_into(self._buffer, 0, *values)
-            (code,) = self._launch(self._function, *place)
+            parameters.pack(launch.args, address)
+            (code,) = self._launch(self._function, *place, *self._rest)
             if int(code) == _INVALID_CONTEXT:
                 # A thread that has not used CUDA yet.
                 _bind(self._device)
-                (code,) = self._launch(self._function, *place)
+                (code,) = self._launch(self._function, *place, *self._rest)
         _check(driver(), self._entry, code)

@@ -6,8 +6,10 @@ pointers, to scratch memory and to a profiler's.
 
 from __future__ import annotations
 
+import ctypes
 import struct
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from heatsink.kernels.errors import KernelError
 
@@ -49,7 +51,28 @@ def layout(formats: Iterable[str]) -> list[tuple[int, int]]:
     return places
 
 
-def packer(formats: Iterable[str]) -> struct.Struct:
-    """Packs the parameters' values and the trailing pointers as `layout` says."""
-    # Native mode keeps each type's alignment, as the CUDA ABI does.
-    return struct.Struct("@" + "".join(formats) + "Q" * TRAILING)
+class Parameters:
+    """Memory that a launch's parameters are packed into, as a driver's launch function takes it.
+
+    Attributes:
+        names: of the parameters that are passed, in order.
+        address: of an array of pointers, one to each value; valid as long as this object.
+    """
+
+    def __init__(self, signature: Mapping[str, str]) -> None:
+        """Lay out the parameters of all launches with this signature."""
+        formats = passed(signature)
+        self.names = tuple(formats)
+        # Native mode keeps each type's alignment, as the CUDA ABI does.
+        self._struct = struct.Struct("@" + "".join(formats.values()) + "Q" * TRAILING)
+        self._buffer = ctypes.create_string_buffer(self._struct.size)
+        start = ctypes.addressof(self._buffer)
+        places = [start + offset for offset, _ in layout(formats.values())]
+        self._pointers = (ctypes.c_void_p * len(places))(*places)
+        self.address = ctypes.addressof(self._pointers)
+
+    def pack(self, args: Mapping[str, Any], scratch: int = 0) -> None:
+        """Set the values: tensors by their addresses, scratch memory, no profiler."""
+        given = (args[name] for name in self.names)
+        values = (x if isinstance(x, int | float) else x.data_ptr() for x in given)
+        self._struct.pack_into(self._buffer, 0, *values, scratch, 0)
