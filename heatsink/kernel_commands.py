@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from heatsink.kernels.aot import Use
     from heatsink.kernels.check import Report
 
-app = typer.Typer(no_args_is_help=True, help=__doc__)
+app = typer.Typer(
+    no_args_is_help=True, help="List, check and compile the kernels; no GPU is needed."
+)
 
 ALL = "sm_80,sm_89,sm_90,sm_100,sm_120"
 

@@ -16,7 +16,7 @@ from heatsink.kernels import _cache, _sources, aot
 from heatsink.kernels._cache import Cache, write_cache
 from heatsink.kernels._compile import Binary, Job
 from heatsink.kernels._config import lookup, target_of
-from heatsink.kernels._launch import Launch
+from heatsink.kernels._launch import Launch, run
 from heatsink.kernels._workers import compile_jobs
 from heatsink.kernels.errors import CacheMismatch, KernelError
 from heatsink.kernels.silu_mul import KERNEL, OP, silu_mul
@@ -113,7 +113,7 @@ def test_any_flipped_byte_is_found(copied: Path) -> None:
         for place in (0, len(data) // 2, len(data) - 2):
             path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
             with pytest.raises(
-                CacheMismatch, match=rf"{path.name}.*build it again: {COMMAND}|again"
+                CacheMismatch, match=rf"{path.name}.*again: heatsink kernels compile"
             ):
                 Cache(copied)
         path.write_bytes(data[: len(data) // 2])
@@ -226,8 +226,6 @@ def test_tensors_on_the_cpu_are_not_its_matter(written: Path) -> None:
     cache = _cache.in_use()
     assert cache is not None
     assert not cache.run(launch)
-    from heatsink.kernels._launch import run
-
     run(launches)
     assert torch.allclose(out, silu_mul(gate, up), rtol=1e-5, atol=1e-6)
 
