@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import heatsink
 from heatsink import cli
 from heatsink.kernels._cache import Cache
+from heatsink.kernels._compile import triton_version
 from heatsink.kernels._resources import Row, Table
 from heatsink.kernels.catalog import ops
 from heatsink.runtime.errors import CallerError, HeatsinkError, InvalidRequest, MissingDependency
@@ -88,7 +89,7 @@ def test_check_tells_problems_with_exit_code_1(monkeypatch: pytest.MonkeyPatch) 
     text = run(*flags)
     assert f"silu_mul/{CASES[0]}/silu_mul" in text
     assert "1 binaries, 1 of them compiled now" in text
-    tight = Table(Table.read().triton, dict.fromkeys(Table.read().rows, Row(1, 0, 0)))
+    tight = Table(triton_version(), dict.fromkeys(Table.read().rows, Row(1, 0, 0)))
     monkeypatch.setattr(Table, "read", lambda: tight)
     with pytest.raises(HeatsinkError, match=rf"{CASES[0]}/silu_mul sm_90: registers: at m") as told:
         run(*flags, "-q")
