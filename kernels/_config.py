@@ -62,12 +62,14 @@ def target_of(device: torch.device) -> Target:
 
 
 def targets(arch: int) -> list[Target]:
-    """The targets of an architecture: the default, and each device with a file that names it."""
-    devices = []
+    """The targets of an architecture: the default, and each device whose file has keys of it."""
+    found = [Target("", arch)]
     for path in sorted(FOLDER.glob("*.json")):
-        if json.loads(path.read_text("utf-8")).get("arch") == arch:
-            devices.append(Target(path.stem, arch))
-    return [Target("", arch), *devices]
+        ops = json.loads(path.read_text("utf-8")).get("ops", {})
+        archs = {entry["key"].get("arch") for entries in ops.values() for entry in entries}
+        if path.stem != DEFAULT and arch in archs:
+            found.append(Target(path.stem, arch))
+    return found
 
 
 @functools.cache

@@ -60,6 +60,12 @@ def over_limits(binary: Binary, arch: int) -> list[str]:
     return [f"{what}: at most {most}, got {value}" for what, value, most in bounds if value > most]
 
 
+def _order(name: str) -> tuple[str, int]:
+    """`op/case/kernel sm_90` by use, then by architecture as a number."""
+    use, _, arch = name.rpartition(" sm_")
+    return use, int(arch)
+
+
 @dataclass(frozen=True)
 class Table:
     """The committed rows by use (`op/case/kernel sm_90`), and the Triton version they are of."""
@@ -78,7 +84,7 @@ class Table:
     def write(self, path: Path = TABLE) -> None:
         """Write it, a row a line, so that a change shows as one."""
         lines = []
-        for name, row in sorted(self.rows.items()):
+        for name, row in sorted(self.rows.items(), key=lambda item: _order(item[0])):
             fields: dict[str, Any] = {
                 "registers": row.registers,
                 "spill_bytes": row.spill_bytes,

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from heatsink.kernels import _workers, aot, catalog
+from heatsink.kernels import _config, _workers, aot, catalog
 from heatsink.kernels._compile import Binary, Job, source_of, triton_version
 from heatsink.kernels._launch import ARCHS
 from heatsink.kernels._op import Op
@@ -52,6 +52,7 @@ def test_table_is_of_the_cases_there_are() -> None:
 
 def test_table_is_written_as_it_is_read(tmp_path: Path) -> None:
     table = Table.read()
+    assert table.rows
     table.write(tmp_path / "table.json")
     assert Table.read(tmp_path / "table.json") == table
     assert Table.read(tmp_path / "none.json") == Table("", {})
@@ -227,6 +228,37 @@ def test_update_keeps_reasons_and_drops_what_is_gone() -> None:
 def test_used_counts_what_a_launch_asks_for() -> None:
     assert used(binary(shared=2048, static_shared=1024), 90) == Row(32, 0, 2048)
     assert used(binary(shared=2048, static_shared=1024), 80) == Row(32, 0, 3072)
+
+
+def test_each_tuned_device_of_an_architecture_is_a_target(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    default = json.loads((_config.FOLDER / "default.json").read_text())["ops"]["silu_mul"]
+    config = {"BLOCK_R": 4, "BLOCK_W": 2048, "warps": 8}
+    for device, arch in (("a_device", 90), ("b_device", 80)):
+        entry = {"key": {"width": 5632, "arch": arch}, "config": config}
+        text = json.dumps({"ops": {"silu_mul": [entry]}})
+        (tmp_path / f"{device}.json").write_text(text)
+    (tmp_path / "default.json").write_text(json.dumps({"ops": {"silu_mul": default}}))
+    (tmp_path / "resources.json").write_text('{"triton": "", "rows": {}}')
+    monkeypatch.setattr(_config, "FOLDER", tmp_path)
+    # What was read from the real folder stays as it is.
+    monkeypatch.setattr(_config, "_entries", _config._entries.__wrapped__)
+    # What was read from the real folder stays as it is.
+    monkeypatch.setattr(_config, "_entries", _config._entries.__wrapped__)
+    assert _config.targets(90) == [_config.Target("", 90), _config.Target("a_device", 90)]
+    assert _config.targets(120) == [_config.Target("", 120)]
+    launches = aot.launches_of(SILU, SILU.cases[0], 90)
+    assert [launch.constants["BLOCK_W"] for launch in launches] == [
+        default[0]["config"]["BLOCK_W"],
+        2048,
+    ]
+    # Another form of the same kernel is a use of its own; a case without it has one.
+    found = aot.jobs([SILU], [90], lambda op: op.cases)
+    names = [str(use) for _, uses in found.values() for use in uses]
+    assert [name for name in names if name.endswith("#2")] == [
+        f"silu_mul/{SILU.cases[0].name}/silu_mul#2"
+    ]
 
 
 def test_architectures_are_named_as_nvidia_does() -> None:

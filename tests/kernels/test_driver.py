@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import importlib
 import struct
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,7 +90,7 @@ def test_without_a_driver_it_says_so(tmp_path: Path) -> None:
 
 
 def test_without_bindings_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(importlib.sys.modules, "cuda.bindings", None)
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     with pytest.raises(KernelError, match=r"expected cuda-bindings, .* pip install 'heatsink\["):
         _driver.driver.__wrapped__()
 

@@ -26,8 +26,9 @@ from heatsink.kernels.errors import KernelError
 from heatsink.kernels.silu_mul import OP
 
 
-@triton.jit(do_not_specialize=["rows"])
-def _mixed_kernel(
+# Not Python to a type checker: Triton compiles it.
+@triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]
+def _mixed_kernel(  # type: ignore[no-untyped-def]
     x_ptr,
     scale,
     out_ptr,
@@ -77,7 +78,7 @@ class NoDevice:
 def mixed(**changes: Any) -> Launch:
     """A launch of the kernel above."""
     x = torch.empty(4096, dtype=torch.float16, device="meta")
-    args = {
+    args: dict[str, Any] = {
         "x_ptr": x,
         "scale": 0.5,
         "out_ptr": x[1:],
@@ -89,7 +90,7 @@ def mixed(**changes: Any) -> Launch:
     }
     for name in set(args) & set(changes):
         args[name] = changes.pop(name)
-    fields = {"constants": {"BLOCK": 256}, **changes}
+    fields: dict[str, Any] = {"constants": {"BLOCK": 256}, **changes}
     return Launch(MIXED, grid=(16, 1, 1), args=args, **fields)
 
 
@@ -98,7 +99,7 @@ class Pointer:
 
     def __init__(self, x: torch.Tensor) -> None:
         self.dtype = x.dtype
-        self._address = x.storage_offset() * x.element_size()
+        self._address = int(x.storage_offset()) * x.element_size()
 
     def data_ptr(self) -> int:
         """An address of the same alignment."""
