@@ -1,4 +1,4 @@
-"""The command line: `heatsink build`, `heatsink generate`, `heatsink inspect`."""
+"""The command line: `heatsink build`, `generate`, `inspect`, `kernels`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from heatsink import console, flags
+from heatsink import console, flags, kernel_commands
 from heatsink.runtime.errors import HeatsinkError, InvalidRequest, NotBuilt
 from heatsink.runtime.files import make_folder
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__
 )
+app.add_typer(kernel_commands.app, name="kernels")
 
 
 @app.command()
