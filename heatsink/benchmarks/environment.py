@@ -63,6 +63,13 @@ def device_name() -> str:
     return torch.cuda.get_device_name(torch.cuda.current_device())
 
 
+def folder_name(device: str) -> str:
+    """A device's name as folders and configuration files have it: `nvidia_h200`."""
+    from heatsink.kernels._config import file_name
+
+    return file_name(device)
+
+
 def driver() -> str:
     """The NVIDIA driver's version, or `absent`."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]

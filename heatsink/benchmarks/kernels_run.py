@@ -161,10 +161,11 @@ def write(run: Run, out: Path) -> list[Path]:
     paths = [out / "kernels.json", out / "kernels.md"]
     for path, content in zip(paths, (text, table), strict=True):
         write_whole(path, lambda file, content=content: file.write(content.encode()))  # type: ignore[misc]
-    return paths + _picture(run, out / "kernels.png")
+    return paths + picture(run, out / "kernels.png")
 
 
-def _picture(run: Run, path: Path) -> list[Path]:
+def picture(run: Run, path: Path) -> list[Path]:
+    """Draw a run where Matplotlib is there; what was written."""
     if not any(len(result.rows) > 1 for result in run.results):
         return []
     where = run.environment["device"]
