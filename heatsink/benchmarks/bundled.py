@@ -1,4 +1,4 @@
-"""The bundled model's shapes, float32: what CPU measurements use where an op names no such case.
+"""The bundled model's shapes, float32: what is measured on a CPU.
 
 The model draws 64x64 pixels from 8x8 latents: levels of 8x8, 4x4 and 2x2 tokens with 64, 128 and
 192 channels, heads of 32, 24 tokens of text. Eight rows are four pictures with guidance. Its
@@ -15,6 +15,8 @@ from torch import Tensor
 from heatsink.kernels._op import Case, Inputs, normal
 
 PREFIX = "emoji-"
+# What ops call their own cases of this kind.
+PREFIXES = (PREFIX, "bundled-")
 ROWS = 8
 PICTURES = 4
 TEXT = 24
@@ -43,12 +45,14 @@ def _attention(name: str, tokens: int, heads: int, keys: int) -> Case:
 
 
 def _group_norm(name: str, rows: int, side: int, channels: int, groups: int) -> Case:
-    shapes = {
-        "x": (rows, side, side, channels),
-        "weight": (channels,),
-        "bias": (channels,),
-    }
-    return _case(name, shapes, groups=groups, eps=EPS, silu=True)
+    shapes = {"x": (rows, side, side, channels), "weight": (channels,), "bias": (channels,)}
+    pixels = _case(name, shapes, groups=groups, eps=EPS, silu=True)
+
+    def make(device: torch.device) -> Inputs:
+        inputs = pixels.make(device)
+        return {**inputs, "x": inputs["x"].permute(0, 3, 1, 2)}
+
+    return Case(pixels.name, make)
 
 
 def _tokens(name: str, tokens: int, channels: int, parameters: tuple[str, ...]) -> Case:

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
+from heatsink.benchmarks.check import refusals
 from heatsink.benchmarks.family import Cost, LeftOut
 from heatsink.kernels import exp_rate
 from heatsink.kernels.timing import Spread, Timed, interleaved
-from heatsink.kernels.tuning_gate import check_device, failures, one_line
+from heatsink.kernels.tuning_gate import check_device, one_line
 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _ROUNDS = 15
@@ -75,7 +76,7 @@ def _attempt(
 ) -> float:
     try:
         return rate()
-    except (*failures(), NotImplementedError, AttributeError) as error:
+    except refusals() as error:
         left_out.append(LeftOut(name, one_line(error)))
         check_device(device, f"the ceiling of {name}")
         return 0.0

@@ -103,7 +103,7 @@ class Family:
             With float64 inputs it is the reference of the check.
         others: further variants, from the inputs; called after `eager` was found to work.
         cost: from inputs and outputs.
-        bundled: cases at the bundled model's shapes, for the CPU, where the op names none.
+        bundled: cases at the bundled model's shapes, for the CPU, beside those that the op names.
         exact: the reference from float64 inputs, where it is not `eager`.
         widen: the inputs of the reference; as they are where they stand for bits, not for values.
         approximate: whether the op itself computes with fewer bits than its inputs have.
@@ -123,18 +123,15 @@ class Family:
         return tensors(compute(**self.widen(inputs)))
 
 
-def eager_variant(
-    name: str, eager: Callable[..., Any], view: Callable[[Any], Any] = same
-) -> Variant:
+def eager_variant(name: str, eager: Callable[..., Any]) -> Variant:
     """`eager` on the inputs as they are."""
-    return Variant(name, lambda inputs: lambda: eager(**inputs), view)
+    return Variant(name, lambda inputs: lambda: eager(**inputs))
 
 
 def compiled_variant(
     name: str,
     eager: Callable[..., Any],
-    change: Callable[[Inputs], Inputs] = lambda inputs: inputs,
-    view: Callable[[Any], Any] = same,
+    change: Callable[[Inputs], Inputs] = same,
 ) -> Variant:
     """`torch.compile` of `eager` for exactly these shapes, compiled before anything is timed."""
 
@@ -143,4 +140,4 @@ def compiled_variant(
         changed = change(inputs)
         return lambda: compiled(**changed)
 
-    return Variant(name, prepare, view)
+    return Variant(name, prepare)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from heatsink.benchmarks.bundled import PREFIX
+from heatsink.benchmarks.bundled import PREFIXES
 from heatsink.benchmarks.ceilings import Ceilings
 from heatsink.benchmarks.check import Ready, Reference, make_ready, refusals
 from heatsink.benchmarks.families import FAMILIES
@@ -93,12 +93,11 @@ def make_plan(ops: Iterable[Op], device: torch.device, names: Sequence[str] = ()
         if family is None:
             plan.left_out.append(LeftOut(op.name, "nothing to compare it with is defined"))
             continue
-        own = [case for case in op.cases if case.name.startswith(PREFIX)]
         known = {case.name: case for case in (*family.bundled, *op.cases)}
         if names:
             cases = [known[name] for name in names if name in known]
         elif device.type == "cpu":
-            cases = own or list(family.bundled)
+            cases = [case for case in known.values() if case.name.startswith(PREFIXES)]
             if not cases:
                 reason = "no case at the bundled model's shapes, and no GPU"
                 plan.left_out.append(LeftOut(op.name, reason))

@@ -262,13 +262,13 @@ def test_what_could_not_be_tuned_leaves_the_file_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("arch", [80, 89, 90, 100, 120])
-def test_every_case_has_a_default_with_the_names_that_its_space_has(arch: int) -> None:
+def test_every_case_has_a_default_of_a_kind_that_its_space_has(arch: int) -> None:
     found, _ = tune.groups(ops().values(), Target("", arch))
     assert {group.op.name for group in found} >= {"silu_mul"}
     for group in found:
         assert group.others, f"{group.op.name} {group.key}: nothing to try"
-        for config in group.others:
-            assert config.keys() == group.default.keys(), f"{group.op.name} {group.key}"
+        kinds = {frozenset(config) for config in group.others}
+        assert frozenset(group.default) in kinds, f"{group.op.name} {group.key}"
 
 
 @pytest.mark.gpu
