@@ -1,4 +1,4 @@
-"""The command line: `heatsink build`, `generate`, `inspect`, `kernels`."""
+"""The command line: `heatsink build`, `generate`, `inspect`, `kernels ...`, `bench ...`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from heatsink import console, flags, kernel_commands
+from heatsink.bench_command import app as bench_app
+from heatsink.kernels.errors import KernelError
 from heatsink.runtime.errors import HeatsinkError, InvalidRequest, NotBuilt
 from heatsink.runtime.files import make_folder
+from heatsink.tune_command import tune
 
 if TYPE_CHECKING:
     from heatsink.export.manifest import Manifest
@@ -23,7 +26,9 @@ if TYPE_CHECKING:
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__
 )
+kernel_commands.app.command()(tune)
 app.add_typer(kernel_commands.app, name="kernels")
+app.add_typer(bench_app, name="bench")
 
 
 @app.command()
@@ -233,7 +238,7 @@ def main() -> None:
     try:
         # The library makes a number or an Abort of Ctrl-C, by its version.
         code = app(standalone_mode=False)
-    except HeatsinkError as error:
+    except (HeatsinkError, KernelError) as error:
         print(f"heatsink: {type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except (typer.Abort, KeyboardInterrupt):
