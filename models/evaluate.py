@@ -159,6 +159,7 @@ def main(
             "guidance": GUIDANCE,
             "scheduler": "ddim",
             "subjects": int(icons.selected.sum()),
+            "seeds of a combination never seen": UNSEEN_SEEDS,
         },
     }
     if (model / "controlnet").exists():
