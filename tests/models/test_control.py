@@ -63,7 +63,7 @@ def test_only_unknown_names_are_exchanged_and_only_among_themselves() -> None:
 
 
 def test_overlap_is_intersection_over_union() -> None:
-    def picture(columns: slice) -> np.ndarray:  # type: ignore[type-arg]
+    def picture(columns: slice) -> np.ndarray:
         out = np.full((1, 8, 8, 3), 255, np.uint8)
         out[:, :, columns, 1] = 100
         return out

@@ -51,9 +51,7 @@ def test_a_run_beyond_the_memory_names_component_and_shapes(tmp_path: Path) -> N
 def test_an_engine_beyond_the_memory_is_no_damaged_one(tmp_path: Path) -> None:
     """In a process of its own, whose address space ends before the weights' prepacked copy."""
     weights = ir.tensor(np.zeros((64, 2**20), np.float32), name="w")
-    w = ir.Value(
-        name="w", const_value=weights, type=ir.TensorType(weights.dtype), shape=weights.shape
-    )
+    w = ir.val("w", const_value=weights)
     x = ir.val("x", dtype=ir.DataType.FLOAT, shape=ir.Shape([1, 64]))
     node = ir.node("MatMul", [x, w])
     (y,) = node.outputs
