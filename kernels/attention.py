@@ -176,6 +176,7 @@ def plan(
     if bias is not None:
         bias = bias.expand(batch, heads, seq_q, seq_k)
     head_a, head_b = parts(head_dim, config["SPLIT_D"])
+    unit = stride_unit(q, k, v)
     args: dict[str, Value] = {
         "q_ptr": q,
         "k_ptr": k,
@@ -188,13 +189,14 @@ def plan(
         "seq_k": seq_k,
         # Without a bias the scores stay in units of log2.
         "scale": scale * LOG2_E if bias is None else scale,
-        **strides(q, "q", "bmhd"),
-        **strides(k, "k", "bnhd"),
-        **strides(v, "v", "bnhd"),
+        **strides(q, "q", "bmhd", unit),
+        **strides(k, "k", "bnhd", unit),
+        **strides(v, "v", "bnhd", unit),
         **strides(bias, "b", "bhmn"),
     }
     constants = {
         "BLOCK_M": config["BLOCK_M"],
+        "UNIT": unit,
         "HEAD_DIM": head_dim,
         "HEAD_A": head_a,
         "HEAD_B": head_b,
@@ -223,10 +225,31 @@ def plan(
     return out, [launch]
 
 
-def strides(x: Tensor | None, name: str, dims: str) -> dict[str, Value]:
-    """A tensor's strides as kernel parameters, in the order b, h, m or n, d; None where it is."""
-    by_dim = dict(zip(dims, x.stride() if x is not None else (None,) * 4, strict=True))
-    return {f"stride_{name}{dim}": by_dim[dim] for dim in "bhmnd" if dim in by_dim}
+def stride_unit(*tensors: Tensor) -> int:
+    """What strides are passed in units of: the elements in 16 bytes, or 1.
+
+    A stride of 40 is no multiple of 16, so Triton would not see that heads of 40 begin at
+    multiples of 16 bytes, and would load them an element at a time.
+    """
+    unit = ALIGNMENT // tensors[0].element_size()
+    aligned = all(
+        x.stride(-1) == 1 and all(stride % unit == 0 for stride in x.stride()[:-1]) for x in tensors
+    )
+    return unit if aligned else 1
+
+
+def strides(x: Tensor | None, name: str, dims: str, unit: int = 1) -> dict[str, Value]:
+    """A tensor's strides as kernel parameters, in the order b, h, tokens, d; None where it is.
+
+    All but that of `d` are in units of `unit` elements.
+    """
+    by_dim: dict[str, Value] = dict.fromkeys(dims)
+    if x is not None:
+        by_dim = {
+            dim: stride if dim == "d" else stride // unit
+            for dim, stride in zip(dims, x.stride(), strict=True)
+        }
+    return {f"stride_{name}{dim}": by_dim[dim] for dim in "bhmnsd" if dim in by_dim}
 
 
 def describable(x: Tensor) -> bool:
