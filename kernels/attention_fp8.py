@@ -31,26 +31,28 @@ from torch import Tensor
 
 from heatsink.kernels._checks import check_tensors, short
 from heatsink.kernels._config import Config, Key, lookup, target_of
-from heatsink.kernels._launch import Kernel, Launch, Value, run
-from heatsink.kernels._op import Case, Inputs, Op, normal
-from heatsink.kernels.attention import (
-    LOG2_E,
+from heatsink.kernels._heads import (
     MAX_HEAD_DIM,
-    _attention_torch,
     check_heads,
     check_scale,
     parts,
     stride_unit,
     strides,
 )
+from heatsink.kernels._launch import Kernel, Launch, Value, run
+from heatsink.kernels._op import Case, Inputs, Op, normal
+from heatsink.kernels.attention import LOG2_E, _attention_torch
 
 Constants = dict[str, Any]
 
 _ARCHS = (89, 90, 100, 120)
 _LAYOUT = ("heads", "chunks", "seq")
-STATS = Kernel("attention_fp8_stats", "attention_fp8", _ARCHS, plain=_LAYOUT)
-ROWS = Kernel("attention_fp8_rows", "attention_fp8", _ARCHS, plain=(*_LAYOUT, "blocks"))
-VALUES = Kernel("attention_fp8_values", "attention_fp8", _ARCHS, plain=(*_LAYOUT, "blocks"))
+_BLOCKS = (*_LAYOUT, "blocks")
+STATS = Kernel("attention_fp8_stats", "attention_fp8_quantise", _ARCHS, plain=_LAYOUT)
+ROWS = Kernel("attention_fp8_rows", "attention_fp8_quantise", _ARCHS, plain=_BLOCKS)
+VALUES = Kernel(
+    "attention_fp8_values", "attention_fp8_quantise", _ARCHS, plain=(*_LAYOUT, "blocks")
+)
 KERNEL = Kernel("attention_fp8", "attention_fp8", _ARCHS, plain=("heads", "seq_q", "seq_k"))
 
 FLOATS = (torch.float16, torch.bfloat16)

@@ -7,7 +7,7 @@ import importlib
 from heatsink.kernels._op import Op
 
 # Modules of this package, each with an `OP`.
-MODULES = ("silu_mul",)
+MODULES = ("attention", "attention_fp8", "silu_mul")
 
 
 def ops() -> dict[str, Op]:
