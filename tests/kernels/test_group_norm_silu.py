@@ -45,8 +45,8 @@ RUNS = {
     "chunks": in_chunks,
 }
 ALL = pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
-# Groups of 4, 10 (ragged), 8 (one dimension of pixels), 3 and one of 40; no samples, no pixels; what
-# is looked up as three launches; many groups in one program.
+# Groups of 4, 10 (ragged), 8 (one dimension of pixels), 3 and one of 40; no samples, no pixels;
+# what is looked up as three launches; many groups in one program.
 SHAPES = (
     ((2, 64, 8, 8), 16),
     ((3, 30, 7, 5), 3),
