@@ -32,9 +32,9 @@ HEATSINK_INLINE void store_vector(float* to, const Vector& value) {
 //
 // t is clamped to [-126, 118] and split into an integer n and a fraction f. For f, 2^f = (p + q) /
 // (p - q) with p even and q odd, minimax to 1e-8; so one division does for it and for the sigmoid:
-// x ((p - q) / ((p - q) + 2^n (p + q))). That t is rounded costs 2^t relative accuracy in proportion
-// to |x|, but the further x is from 0 the less that counts, absolutely. kernels/_silu.py does the
-// same.
+// x ((p - q) / ((p - q) + 2^n (p + q))). That t is rounded costs 2^t relative accuracy in
+// proportion to |x|, but the further x is from 0 the less that counts, absolutely. kernels/_silu.py
+// does the same.
 template <typename Float, typename Int, typename Word>
 HEATSINK_INLINE void silu(Float& x) {
   Float t = x * -0x1.715476p+0f;
