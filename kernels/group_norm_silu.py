@@ -166,6 +166,8 @@ def _whole(
     silu: bool,
 ) -> Launch:
     samples, pixels, channels = x.shape
+    if pixels * x.stride(1) >= 2**31:
+        x = x.contiguous()
     group_size = channels // groups
     together = _groups_together(groups, group_size)
     return Launch(
@@ -315,7 +317,7 @@ def _case(
 
 
 def _space(key: Key, arch: int) -> list[Config]:
-    whole = [{"WHOLE": 1, "warps": n} for n in (4, 8, 16)]
+    whole = [{"WHOLE": 1, "warps": n} for n in (4, 8, 16, 32)]
     chunked = [
         {"WHOLE": 0, "CHUNK": c, "BLOCK_P": p, "BLOCK_C": w, "BLOCK_K": 32, "warps": n}
         for c in (128, 256, 512, 1024)

@@ -59,7 +59,8 @@ def _group_norm_whole_kernel(
     offs_p = tl.arange(0, BLOCK_P)
     mask_c = (local < GROUPS * GROUP_SIZE) & (offs_c < channels)
     mask = (offs_p[:, None] < pixels) & mask_c[None, :]
-    offs = offs_p[:, None].to(tl.int64) * stride_xp + offs_c[None, :]
+    # Within a sample 32 bits do: the plan sees to it. More would not leave registers for the tile.
+    offs = offs_p[:, None] * stride_xp + offs_c[None, :]
     x = tl.load(x_ptr + n * stride_xn + offs, mask=mask, other=0.0).to(tl.float32)
 
     # Groups are no power of two wide: a channel's sums go to its group through this matrix.
@@ -78,7 +79,7 @@ def _group_norm_whole_kernel(
     y = distance * gain[None, :] + offset[None, :]
     if SILU:
         y = y * tl.sigmoid(y)
-    out_offs = offs_p[:, None].to(tl.int64) * channels + offs_c[None, :]
+    out_offs = offs_p[:, None] * channels + offs_c[None, :]
     out_ptr += n * pixels * channels
     tl.store(out_ptr + out_offs, y.to(out_ptr.dtype.element_ty), mask=mask)
 

@@ -62,7 +62,7 @@ SHAPES = (
 
 def make(
     shape: tuple[int, ...], dtype: torch.dtype, seed: int, mean: float = 0.5
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """Arguments with channels innermost; scale and shift are views of one projection."""
     generator = torch.Generator().manual_seed(seed)
     samples, channels = shape[:2]
@@ -122,7 +122,7 @@ def test_against_float64(
 def test_each_part_is_optional(
     run: Run, without: str, seed: int, within_budget: Any, float64: Any
 ) -> None:
-    given: dict[str, Any] = make((2, 24, 5, 11), torch.float32, seed)
+    given = make((2, 24, 5, 11), torch.float32, seed)
     if without == "silu":
         given["silu"] = False
     elif without == "all":
@@ -160,7 +160,7 @@ def test_rows_are_exact(run: Run, modulated: bool, seed: int, row_exact: Any) ->
     shared = make((1, 30, 7, 5), torch.float32, seed)
 
     def arguments(batch: int) -> dict[str, Any]:
-        given: dict[str, Any] = make((batch, 30, 7, 5), torch.float32, seed + batch)
+        given = make((batch, 30, 7, 5), torch.float32, seed + batch)
         rows = {name: given[name] if modulated else None for name in ("scale", "shift")}
         parameters = {"weight": shared["weight"], "bias": shared["bias"]}
         return {"x": given["x"], "groups": 3, **parameters, **rows}
@@ -204,6 +204,13 @@ def test_launches(shape: tuple[int, ...], groups: int, launches: int) -> None:
     names = [launch.kernel.name for launch in module.plan(config, x, groups)[1]]
     whole, chunked = ["whole"], ["moments", "finish", "apply"]
     assert names == [f"group_norm_{name}" for name in (whole if launches == 1 else chunked)]
+
+
+def test_pixels_too_far_apart_for_32_bits_are_moved_together() -> None:
+    # No machine has this tensor: the meta device lends its strides.
+    x = torch.empty_strided((1, 40, 1, 3), (2**33, 1, 2**33, 2**30), device="meta")
+    (launch,) = module.plan({"WHOLE": 1, "warps": 4}, x, 4)[1]
+    assert launch.args["stride_xp"] == 40
 
 
 def test_a_real_shape(seed: int, within_budget: Any, float64: Any) -> None:
@@ -279,4 +286,4 @@ X = torch.ones(2, 6, 3, 3)
 )
 def test_bad_arguments(given: dict[str, Any], error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
-        group_norm_silu(**({"x": X, "groups": 3} | given))
+        group_norm_silu(**{"x": X, "groups": 3, **given})

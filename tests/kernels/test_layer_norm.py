@@ -48,7 +48,7 @@ SHAPES = (
 
 def make(
     shape: tuple[int, ...], dtype: torch.dtype, seed: int, mean: float = 0.5
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """Arguments; scale and shift are views of one projection."""
     generator = torch.Generator().manual_seed(seed)
     width = shape[-1]
@@ -145,7 +145,7 @@ def test_rows_are_exact(run: Run, modulated: bool, seed: int, row_exact: Any) ->
     shared = make((1, 3, 77), torch.float32, seed)
 
     def arguments(batch: int) -> dict[str, Any]:
-        given: dict[str, Any] = make((batch, 3, 77), torch.float32, seed + batch)
+        given = make((batch, 3, 77), torch.float32, seed + batch)
         rows = {name: given[name] if modulated else None for name in ("scale", "shift")}
         return {"x": given["x"], "weight": shared["weight"], "bias": shared["bias"], **rows}
 
@@ -212,4 +212,4 @@ X = torch.ones(2, 3, 6)
 )
 def test_bad_arguments(given: dict[str, Any], error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
-        layer_norm(**({"x": X} | given))
+        layer_norm(**{"x": X, **given})

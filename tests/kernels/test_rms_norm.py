@@ -38,7 +38,7 @@ ALL = pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
 SHAPES = ((4, 256), (3, 5, 77), (2, 1), (2, 0), (0, 16), (33,), (2, 8192), (1, 5, 24, 64))
 
 
-def make(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
+def make(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> dict[str, Any]:
     """Arguments; x is a part of a packed projection."""
     generator = torch.Generator().manual_seed(seed)
     x = 3 * torch.randn((*shape[:-1], 2 * shape[-1]), generator=generator)
@@ -170,4 +170,4 @@ X = torch.ones(2, 6)
 )
 def test_bad_arguments(given: dict[str, Any], error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
-        rms_norm(**({"x": X} | given))
+        rms_norm(**{"x": X, **given})
