@@ -14,12 +14,14 @@ from heatsink.kernels.reference.exact import (
 )
 from heatsink.kernels.reference.gates import geglu, silu_mul
 from heatsink.kernels.reference.positions import rotary
+from heatsink.kernels.reference.steps import guided_step
 
 __all__ = [
     "FINGERPRINT_FORMATS",
     "fingerprint_key",
     "fingerprint_row",
     "geglu",
+    "guided_step",
     "noise_word",
     "philox_4x32_10",
     "rotary",
