@@ -7,7 +7,7 @@ import importlib
 from heatsink.kernels._op import Op
 
 # Modules of this package, each with an `OP`.
-MODULES = ("geglu", "guided_step", "noise", "rotary", "silu_mul")
+MODULES = ("fingerprint", "geglu", "guided_step", "noise", "rotary", "silu_mul")
 
 
 def ops() -> dict[str, Op]:
