@@ -41,7 +41,7 @@ _SPLIT_SQUARED = 0.180625
 _TAIL_SHIFT = 1.6
 _SQRT_HALF_BITS = 0x3F3504F3
 
-KERNEL = Kernel("normal", module="noise", plain=("purpose", "count", "tiles"), fusion=False)
+KERNEL = Kernel("normal", module="noise", plain=("purpose", "tiles"), fusion=False)
 
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
 

@@ -76,7 +76,7 @@ def normals(key, step, purpose, first, BLOCK: tl.constexpr):
     return words_to_normal(tl.reshape(words, (4 * BLOCK,)))
 
 
-@triton.jit(do_not_specialize=["purpose", "count", "tiles"])
+@triton.jit(do_not_specialize=["purpose", "tiles"])
 def _normal_kernel(
     keys_ptr,
     steps_ptr,

@@ -33,8 +33,12 @@ def torch_only(x: Tensor) -> Fingerprint:
 
 
 def triton(x: Tensor) -> Fingerprint:
-    """The kernel, here under the interpreter."""
-    return Fingerprint(*module._fingerprint_triton(x))
+    """The kernel, here under the interpreter, whose time goes with the launch's programs."""
+    if x.shape[1:].numel() < 4096:
+        return Fingerprint(*module._fingerprint_triton(x))
+    results, launches = module.plan({"ROWS": 4, "BLOCK": 4096, "STEPS": 2, "warps": 4}, x)
+    launch.run(launches)
+    return Fingerprint(*results)
 
 
 # C++ where it was built, PyTorch, Triton: equal to the reference all. What says something of the
@@ -345,9 +349,9 @@ def test_compiles_whole(seed: int) -> None:
 
 @pytest.mark.parametrize("rows", [1, 2, 8])
 def test_a_configuration_does_not_matter(rows: int, seed: int) -> None:
-    x = random((5, 16, 7, 9), torch.bfloat16, seed)
+    x = random((5, 8, 7, 5), torch.bfloat16, seed)
     inside = x.contiguous(memory_format=torch.channels_last)
-    for block, steps in ((64, 1), (256, 2), (128, 9)):
+    for block, steps in ((64, 1), (256, 2), (128, 3)):
         config = {"ROWS": rows, "BLOCK": block, "STEPS": steps, "warps": 4}
         for view in (x, inside):
             results, launches = module.plan(config, view)
