@@ -18,7 +18,8 @@ from heatsink.kernels.noise import normal, words_to_normal
 _transform = jit.words_to_normal
 
 
-@triton.jit
+# Triton comes without types.
+@triton.jit  # type: ignore[untyped-decorator]
 def _transform_kernel(words_ptr: Any, out_ptr: Any, count: Any, BLOCK: tl.constexpr) -> None:
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     words = tl.load(words_ptr + offs, mask=offs < count, other=0).to(tl.uint32, bitcast=True)
