@@ -7,7 +7,17 @@ import importlib
 from heatsink.kernels._op import Op
 
 # Modules of this package, each with an `OP`.
-MODULES = ("fingerprint", "geglu", "guided_step", "noise", "rotary", "silu_mul")
+MODULES = (
+    "fingerprint",
+    "geglu",
+    "group_norm_silu",
+    "guided_step",
+    "layer_norm",
+    "noise",
+    "rms_norm",
+    "rotary",
+    "silu_mul",
+)
 
 
 def ops() -> dict[str, Op]:

@@ -12,18 +12,33 @@ from heatsink.kernels.reference.exact import (
     philox_4x32_10,
     word_to_normal,
 )
-from heatsink.kernels.reference.gates import geglu, silu_mul
-from heatsink.kernels.reference.positions import rotary
-from heatsink.kernels.reference.steps import guided_step
+from heatsink.kernels.reference.gates import (
+    geglu,
+    silu_mul,
+)
+from heatsink.kernels.reference.norms import (
+    group_norm_silu,
+    layer_norm,
+    rms_norm,
+)
+from heatsink.kernels.reference.positions import (
+    rotary,
+)
+from heatsink.kernels.reference.steps import (
+    guided_step,
+)
 
 __all__ = [
     "FINGERPRINT_FORMATS",
     "fingerprint_key",
     "fingerprint_row",
     "geglu",
+    "group_norm_silu",
     "guided_step",
+    "layer_norm",
     "noise_word",
     "philox_4x32_10",
+    "rms_norm",
     "rotary",
     "silu_mul",
     "word_to_normal",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -10,7 +11,6 @@ import torch
 from torch import Tensor
 
 from heatsink.kernels import _native, reference
-from heatsink.kernels import guided_step as module
 from heatsink.kernels.guided_step import guided_step
 from heatsink.runtime import noise
 from heatsink.runtime.schedule import (
@@ -20,6 +20,8 @@ from heatsink.runtime.schedule import (
     coefficients,
     make_schedule,
 )
+
+module = import_module("heatsink.kernels.guided_step")
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Aligned to a program, ragged, no rows, no elements; latents of SD1.5 and of the bundled model.

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -8,8 +9,9 @@ import torch
 from torch import Tensor
 
 from heatsink.kernels import reference
-from heatsink.kernels import rotary as module
 from heatsink.kernels.rotary import rotary
+
+module = import_module("heatsink.kernels.rotary")
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Aligned, ragged in every axis, without samples, tokens, heads or channels; FLUX, a few tokens.
