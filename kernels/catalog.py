@@ -10,9 +10,12 @@ from heatsink.kernels._op import Op
 MODULES = (
     "attention",
     "attention_fp8",
+    "fingerprint",
     "geglu",
     "group_norm_silu",
+    "guided_step",
     "layer_norm",
+    "noise",
     "rms_norm",
     "rotary",
     "silu_mul",

@@ -25,6 +25,9 @@ from heatsink.kernels.reference.norms import (
 from heatsink.kernels.reference.positions import (
     rotary,
 )
+from heatsink.kernels.reference.steps import (
+    guided_step,
+)
 
 __all__ = [
     "FINGERPRINT_FORMATS",
@@ -33,6 +36,7 @@ __all__ = [
     "fingerprint_row",
     "geglu",
     "group_norm_silu",
+    "guided_step",
     "layer_norm",
     "noise_word",
     "philox_4x32_10",
