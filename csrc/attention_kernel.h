@@ -19,9 +19,10 @@ namespace {
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLog2E = 0x1.715476p+0f;
 
-// Values whose rows lie further apart than this are copied: they would share too few of a cache's
-// sets, and too many pages.
-constexpr int64_t kNearRows = 512;
+// Values are copied together when many queries read them, or when their rows lie further apart than
+// this: such rows share few of a cache's sets, and take many pages.
+constexpr int64_t kFewQueries = 64;
+constexpr int64_t kNearRows = 1024;
 
 // 2^x for x <= 0; exactly 1 for 0, exactly 0 for -127 and below; NaN for NaN.
 template <typename I>
@@ -294,7 +295,7 @@ struct Task {
       transpose_rows<I>(rows, a.channels, 1.0f, s.k + j * s.pitch);
     }
     const Plane v = plane_of(a, a.v, sample, head);
-    if (v.row_stride > kNearRows) {
+    if (queries > kFewQueries || v.row_stride > kNearRows) {
       read_rows(v, key, keys, a.keys - 1, 0, a.channels, s.v, s.pitch);
       return {s.v, s.pitch};
     }
