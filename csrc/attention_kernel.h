@@ -150,7 +150,7 @@ struct Block {
     for (int g = 0; g < G; ++g) {
       const int64_t first = query + g * kLanes;
       if (bias.data != nullptr) {
-        read_rows(bias, first, kLanes, a.queries - 1, key, keys, s.rows, kKeyBlock);
+        read_rows<I>(bias, first, kLanes, a.queries - 1, key, keys, s.rows, kKeyBlock);
         transpose_rows<I>({s.rows, kKeyBlock}, keys, 1.0f, s.bias);
       }
       top[g] = I::splat(-kInfinity);
@@ -280,7 +280,7 @@ struct Task {
     const Plane q = plane_of(a, a.q, sample, head);
     for (int64_t g = 0; g < groups(); ++g) {
       const Rows rows =
-          rows_of(q, first + g * kLanes, kLanes, a.queries - 1, a.channels, s.rows, s.pitch);
+          rows_of<I>(q, first + g * kLanes, kLanes, a.queries - 1, a.channels, s.rows, s.pitch);
       transpose_rows<I>(rows, a.channels, a.scale, s.q + g * s.pitch * kLanes);
       I::store(s.top + g * kLanes, I::splat(-kInfinity));
       I::store(s.sum + g * kLanes, I::splat(0.0f));
@@ -291,15 +291,15 @@ struct Task {
   Rows load_keys(int64_t key, int64_t keys) {
     const Plane k = plane_of(a, a.k, sample, head);
     for (int64_t j = 0; j < keys; j += kLanes) {
-      const Rows rows = rows_of(k, key + j, kLanes, a.keys - 1, a.channels, s.rows, s.pitch);
+      const Rows rows = rows_of<I>(k, key + j, kLanes, a.keys - 1, a.channels, s.rows, s.pitch);
       transpose_rows<I>(rows, a.channels, 1.0f, s.k + j * s.pitch);
     }
     const Plane v = plane_of(a, a.v, sample, head);
     if (queries > kFewQueries || v.row_stride > kNearRows) {
-      read_rows(v, key, keys, a.keys - 1, 0, a.channels, s.v, s.pitch);
+      read_rows<I>(v, key, keys, a.keys - 1, 0, a.channels, s.v, s.pitch);
       return {s.v, s.pitch};
     }
-    return rows_of(v, key, keys, a.keys - 1, a.channels, s.v, s.pitch);
+    return rows_of<I>(v, key, keys, a.keys - 1, a.channels, s.v, s.pitch);
   }
 
   template <int G>
@@ -334,16 +334,17 @@ struct Task {
       const V zero = I::splat(0.0f);
       // A query that sees no key gets zeros.
       const V factor = I::where_equal(sum, zero, zero, I::div(I::splat(1.0f), sum));
-      const float* out = s.out + g * s.pitch * kLanes;
+      const float* columns = s.out + g * s.pitch * kLanes;
       const int64_t row = first + g * kLanes;
       const int64_t place = ((sample * a.queries + row) * a.heads + head) * channels;
+      char* out = static_cast<char*>(a.out) + place * size_of(a.element);
       const int64_t rows = smaller(kLanes, queries - g * kLanes);
       if (a.element == Element::Float && channels % 4 == 0 && rows == kLanes) {
-        transpose_columns<I>(out, channels, factor, static_cast<float*>(a.out) + place, pitch);
+        transpose_columns<I>(columns, channels, factor, reinterpret_cast<float*>(out), pitch);
         continue;
       }
-      transpose_columns<I>(out, channels, factor, s.rows, s.pitch);
-      write_rows({s.rows, s.pitch}, rows, channels, a.element, a.out, place, pitch);
+      transpose_columns<I>(columns, channels, factor, s.rows, s.pitch);
+      write_rows<I>({s.rows, s.pitch}, rows, channels, a.element, out, pitch);
     }
   }
 
