@@ -93,55 +93,61 @@ struct Block {
     }
   }
 
-  // p[j][g] = q . k_j for N keys, and the largest of them.
+  // p[j][g] = q . k_j for N keys, of channels begin..end-1 added to those before; after the last
+  // ones, also the largest of them.
   template <int N>
-  HEATSINK_INLINE void score_tile(int64_t first) {
+  HEATSINK_INLINE void score_tile(int64_t first, int64_t begin, int64_t end) {
     const float* const q = s.q + group * s.pitch * kLanes;
     // Keys lie in groups of 16 too, of which a tile never holds more than one.
     const float* const k = s.k + first / kLanes * s.pitch * kLanes + first % kLanes;
     float* const p = s.p + first * G * kLanes;
     const int64_t next = s.pitch * kLanes;
-    const int64_t channels = a.channels;
     V dot[N * G];
-    int64_t begin = 0;
-    // There is a channel at least.
-    do {
-      clear(dot);
-      const int64_t end = smaller(begin + kChannelBlock, channels);
-      for (int64_t c = begin; c < end; ++c) {
-        V row[G];
+    clear(dot);
+    for (int64_t c = begin; c < end; ++c) {
+      V row[G];
 #pragma GCC unroll 2
-        for (int g = 0; g < G; ++g) {
-          row[g] = I::load(q + g * next + c * kLanes);
-        }
-        multiply<N>(row, k + c * kLanes, dot);
+      for (int g = 0; g < G; ++g) {
+        row[g] = I::load(q + g * next + c * kLanes);
       }
-      if (begin != 0) {
-#pragma GCC unroll 16
-        for (int i = 0; i < N * G; ++i) {
-          dot[i] = I::add(I::load(p + i * kLanes), dot[i]);
-        }
-      }
+      multiply<N>(row, k + c * kLanes, dot);
+    }
+    if (begin != 0) {
 #pragma GCC unroll 16
       for (int i = 0; i < N * G; ++i) {
-        I::store(p + i * kLanes, dot[i]);
+        dot[i] = I::add(I::load(p + i * kLanes), dot[i]);
       }
-      begin = end;
-    } while (begin < channels);
+    }
 #pragma GCC unroll 16
     for (int i = 0; i < N * G; ++i) {
-      top[i % G] = I::max(dot[i], top[i % G]);
+      I::store(p + i * kLanes, dot[i]);
+    }
+    if (end == a.channels) {
+#pragma GCC unroll 16
+      for (int i = 0; i < N * G; ++i) {
+        top[i % G] = I::max(dot[i], top[i % G]);
+      }
     }
   }
 
   // Tiles of N keys, then of half as many, and so on.
   template <int N>
-  HEATSINK_INLINE void scores(int64_t first) {
+  HEATSINK_INLINE void score_tiles(int64_t first, int64_t begin, int64_t end) {
     for (; first + N <= keys; first += N) {
-      score_tile<N>(first);
+      score_tile<N>(first, begin, end);
     }
     if constexpr (N > 1) {
-      scores<N / 2>(first);
+      score_tiles<N / 2>(first, begin, end);
+    }
+  }
+
+  // A block of channels of the queries stays in the nearest cache while all keys pass by.
+  HEATSINK_INLINE void scores() {
+    for (int g = 0; g < G; ++g) {
+      top[g] = I::splat(-kInfinity);
+    }
+    for (int64_t begin = 0; begin < a.channels; begin += kChannelBlock) {
+      score_tiles<kTile>(0, begin, smaller(begin + kChannelBlock, a.channels));
     }
   }
 
@@ -253,10 +259,7 @@ struct Block {
   }
 
   void run(const Plane& bias) {
-    for (int g = 0; g < G; ++g) {
-      top[g] = I::splat(-kInfinity);
-    }
-    scores<kTile>(0);
+    scores();
     if (bias.data != nullptr || (a.causal && key + keys > query + 1)) {
       mask(bias);
     }
