@@ -23,7 +23,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kChunk = 256;              // queries a task has at most
-constexpr int64_t kChunkFloats = 1 << 16;    // and what they may take up, so that they stay in L2
+constexpr int64_t kChunkFloats = 1 << 17;    // and what they may take up, so that they stay in L2
 constexpr int64_t kGrainProducts = 1 << 18;  // products that are worth a thread
 
 struct Choice {

@@ -19,10 +19,9 @@ namespace {
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLog2E = 0x1.715476p+0f;
 
-// Values are copied together when many queries read them, or when their rows lie further apart than
-// this: such rows share few of a cache's sets, and take many pages.
-constexpr int64_t kFewQueries = 64;
-constexpr int64_t kNearRows = 1024;
+// Values whose rows lie as far apart as this are copied: such rows share few of a cache's sets, and
+// take many pages.
+constexpr int64_t kFarRows = 512;
 
 // 2^x for x <= 0; exactly 1 for 0, exactly 0 for -127 and below; NaN for NaN.
 template <typename I>
@@ -298,7 +297,7 @@ struct Task {
       transpose_rows<I>(rows, a.channels, 1.0f, s.k + j * s.pitch);
     }
     const Plane v = plane_of(a, a.v, sample, head);
-    if (queries > kFewQueries || v.row_stride > kNearRows) {
+    if (v.row_stride >= kFarRows) {
       read_rows<I>(v, key, keys, a.keys - 1, 0, a.channels, s.v, s.pitch);
       return {s.v, s.pitch};
     }
