@@ -244,8 +244,6 @@ def test_each_tuned_device_of_an_architecture_is_a_target(
     monkeypatch.setattr(_config, "FOLDER", tmp_path)
     # What was read from the real folder stays as it is.
     monkeypatch.setattr(_config, "_entries", _config._entries.__wrapped__)
-    # What was read from the real folder stays as it is.
-    monkeypatch.setattr(_config, "_entries", _config._entries.__wrapped__)
     assert _config.targets(90) == [_config.Target("", 90), _config.Target("a_device", 90)]
     assert _config.targets(120) == [_config.Target("", 120)]
     launches = aot.launches_of(SILU, SILU.cases[0], 90)
