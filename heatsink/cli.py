@@ -1,4 +1,4 @@
-"""The command line: `heatsink build`, `heatsink generate`, `heatsink inspect`, `heatsink kernels`."""
+"""The command line: `heatsink build`, `heatsink generate`, `heatsink inspect`, `kernels ...`."""
 
 from __future__ import annotations
 
