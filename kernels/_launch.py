@@ -46,6 +46,8 @@ class Kernel:
         plain: integer parameters that are never specialised, so that one binary serves every
             value; the function's `do_not_specialize` names the same.
         fusion: whether products and sums may be contracted; False where bits are specified.
+        scratch: whether some of its binaries need global memory of their own at a launch, as those
+            that make TMA descriptors do.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Kernel:
     archs: tuple[int, ...] = ARCHS
     plain: tuple[str, ...] = ()
     fusion: bool = True
+    scratch: bool = False
 
     def function(self) -> Any:
         """The `triton.jit` function.

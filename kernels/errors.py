@@ -1,4 +1,7 @@
-"""What can go wrong with a kernel besides a wrong argument (`ValueError`, `TypeError`)."""
+"""What can go wrong with a kernel besides a wrong argument (`ValueError`, `TypeError`).
+
+`exit_code` is what the command line returns: 2 where the caller can mend it, 1 for the rest.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,19 @@ from __future__ import annotations
 class KernelError(RuntimeError):
     """A kernel can't be had or can't run here."""
 
+    exit_code = 1
+
 
 class MissingTriton(KernelError):
     """Triton is needed and not installed."""
+
+    exit_code = 2
+
+
+class MissingDevice(KernelError):
+    """A CUDA device is needed and there is none."""
+
+    exit_code = 2
 
 
 class MissingConfig(KernelError):
@@ -17,3 +30,9 @@ class MissingConfig(KernelError):
 
 class CacheMismatch(KernelError):
     """A cache of compiled kernels is damaged, of other sources, or lacks what was asked for."""
+
+    exit_code = 2
+
+
+class DeviceLost(KernelError):
+    """The device answers nothing any more after a kernel failed on it."""

@@ -1,0 +1,13 @@
+"""Every family by the op's name; an op that is not in the catalog may have one all the same."""
+
+from __future__ import annotations
+
+from heatsink.benchmarks import attention, gates, norms, steps
+from heatsink.benchmarks.family import Family
+
+FAMILIES: dict[str, Family] = {
+    **attention.FAMILIES,
+    **norms.FAMILIES,
+    **gates.FAMILIES,
+    **steps.FAMILIES,
+}

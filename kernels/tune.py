@@ -1,0 +1,258 @@
+"""Finds configurations offline: every one worth trying, checked against the default, then timed.
+
+A configuration decides in which order sums are taken, so it is chosen for a key of per-row
+dimensions and an architecture, never for a batch: cases of one key are weighed together, by the
+geometric mean of their times against the default's. `heatsink kernels tune` runs it; what it finds
+is data for `configs/<device>.json` (`tuning_file` makes it), which `_config.lookup` reads.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heatsink.kernels._config import Config, Key, Target, lookup, target_of
+from heatsink.kernels._launch import Launch, run
+from heatsink.kernels._op import Case, Inputs, Op
+from heatsink.kernels.errors import MissingConfig, MissingDevice
+from heatsink.kernels.timing import Spread, Timed, interleaved
+from heatsink.kernels.tuning_gate import check, check_device, failures, one_line, tensors
+
+# Median seconds of running each list of launches, timed in turn over so many rounds.
+Timer = Callable[[Sequence[Sequence[Launch]], int], list[float]]
+
+QUICK_ROUNDS = 10
+FINAL_ROUNDS = 50
+FINALISTS = 4
+# A configuration must beat the default by this, or the default stays: less is noise.
+MARGIN = 0.02
+
+
+@dataclass(frozen=True)
+class Group:
+    """What one choice is made for.
+
+    Attributes:
+        op: the op.
+        key: per-row dimensions, as `op.key` gives them.
+        cases: the op's cases that have this key.
+        default: the configuration that is looked up now.
+        others: the configurations to try against it.
+    """
+
+    op: Op
+    key: Key
+    cases: tuple[Case, ...]
+    default: Config
+    others: tuple[Config, ...]
+
+
+@dataclass
+class Choice:
+    """What was found for a group.
+
+    Attributes:
+        op: its name.
+        key: the group's key.
+        config: the fastest configuration; the default where none is faster by the margin.
+        default: the default.
+        seconds: of `config`, by case.
+        default_seconds: of `default`, by case, from the same rounds.
+        tried: configurations that were run, the default among them.
+        skipped: configurations that could not be used, each with the reason.
+        complete: whether every configuration was tried before the time was up.
+        error: why nothing was measured: the default configuration's own failure; else empty.
+    """
+
+    op: str
+    key: Key
+    config: Config
+    default: Config
+    seconds: dict[str, float] = field(default_factory=dict)
+    default_seconds: dict[str, float] = field(default_factory=dict)
+    tried: int = 1
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+    complete: bool = True
+    error: str = ""
+
+
+def groups(ops: Iterable[Op], target: Target) -> tuple[list[Group], list[str]]:
+    """Every choice that there is to make on a target, and what is left out, with the reason."""
+    found: list[Group] = []
+    left_out: list[str] = []
+    for op in ops:
+        if all(min(kernel.archs) > target.arch for kernel in op.kernels):
+            left_out.append(f"{op.name}: no kernel for sm_{target.arch}")
+            continue
+        by_key: dict[tuple[tuple[str, int | str], ...], list[Case]] = {}
+        for case in op.cases:
+            key = op.key(**case.make(torch.device("meta")))
+            by_key.setdefault(tuple(sorted(key.items())), []).append(case)
+        for items, cases in by_key.items():
+            try:
+                found.append(_group(op, dict(items), tuple(cases), target))
+            except MissingConfig as error:
+                left_out.append(str(error))
+    return found, left_out
+
+
+def _group(op: Op, key: Key, cases: tuple[Case, ...], target: Target) -> Group:
+    default = lookup(op.name, key, target)
+    others = [config for config in op.space(key, target.arch) if config != default]
+    return Group(op, key, cases, default, tuple(others))
+
+
+def device_timer(device: torch.device, deadline: float | None = None) -> Timer:
+    """A timer of launches on a device.
+
+    Raises:
+        MissingDevice: if it is no CUDA device: elsewhere kernels run in an interpreter.
+    """
+    if device.type != "cuda":
+        raise MissingDevice(f"tuning: expected a CUDA device, got {device}")
+
+    def measure(candidates: Sequence[Sequence[Launch]], rounds: int) -> list[float]:
+        timed = [Timed(lambda launches=launches: run(launches)) for launches in candidates]  # type: ignore[misc]
+        return [Spread.of(s).median for s in interleaved(timed, rounds, device, deadline)]
+
+    return measure
+
+
+def tune(
+    found: Sequence[Group],
+    device: torch.device,
+    timer: Timer,
+    *,
+    deadline: float,
+    chosen: Callable[[Choice], None] = lambda choice: None,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> list[Choice]:
+    """Choose a configuration for every group that the time allows.
+
+    Each group may spend an equal part of the time that is left when its turn comes.
+
+    Args:
+        found: from `groups`.
+        device: where inputs are made and kernels run.
+        timer: times launches.
+        deadline: a reading of `time.monotonic`.
+        chosen: called with each choice as it is made.
+        progress: called with (what, done, total).
+
+    Returns:
+        The choices, in the order of `found`; those that the time did not reach are missing.
+
+    Raises:
+        DeviceLost: if a kernel's failure took the device with it; nothing can be tried after it.
+    """
+    choices = []
+    for place, group in enumerate(found):
+        progress("tuning", place, len(found))
+        left = deadline - time.monotonic()
+        if left <= 0:
+            break
+        until = time.monotonic() + left / (len(found) - place)
+        choice = _tune_group(group, device, timer, until)
+        choices.append(choice)
+        chosen(choice)
+    progress("tuning", len(found), len(found))
+    return choices
+
+
+@dataclass
+class _Case:
+    """A case under way: its inputs, and the default's outputs."""
+
+    name: str
+    inputs: Inputs
+    expected: list[Tensor]
+
+
+Race = list[tuple[float, dict[str, float]]]
+
+
+def _tune_group(group: Group, device: torch.device, timer: Timer, until: float) -> Choice:
+    choice = Choice(group.op.name, group.key, group.default, group.default)
+    try:
+        cases = [_open_case(group, case, device) for case in group.cases]
+    except failures() as error:
+        check_device(device, f"{group.op.name} {dict(group.key)} with {group.default}")
+        choice.error = f"the default configuration: {one_line(error)}"
+        return choice
+    scored: list[tuple[float, Config]] = []
+    for config in group.others:
+        if time.monotonic() >= until:
+            choice.complete = False
+            break
+        choice.tried += 1
+        try:
+            ((_, _), (score, _)) = _race(group, [config], cases, timer, QUICK_ROUNDS)
+            scored.append((score, config))
+        except failures() as error:
+            choice.skipped.append({"config": config, "reason": one_line(error)})
+            check_device(device, f"{group.op.name} {dict(group.key)} with {config}")
+    scored.sort(key=lambda pair: pair[0])
+    finalists = [config for _, config in scored[:FINALISTS]]
+    race = _race(group, finalists, cases, timer, FINAL_ROUNDS)
+    best = min(range(len(race)), key=lambda place: race[place][0])
+    if race[best][0] > 1 - MARGIN:
+        best = 0
+    choice.config = [group.default, *finalists][best]
+    choice.seconds, choice.default_seconds = race[best][1], race[0][1]
+    return choice
+
+
+def _open_case(group: Group, case: Case, device: torch.device) -> _Case:
+    inputs = case.make(device)
+    outputs, launches = group.op.plan(group.default, **inputs)
+    run(launches)
+    return _Case(case.name, inputs, [out.clone() for out in tensors(outputs)])
+
+
+def _race(
+    group: Group, configs: Sequence[Config], cases: Sequence[_Case], timer: Timer, rounds: int
+) -> Race:
+    """Time the default and `configs`, in turn, on every case.
+
+    Returns:
+        For the default and then each of `configs`: the geometric mean of its times against the
+        default's, and its seconds by case.
+
+    Raises:
+        WrongResult: if an output is not what the default gives.
+    """
+    entrants = [group.default, *configs]
+    seconds: list[dict[str, float]] = [{} for _ in entrants]
+    for opened in cases:
+        plans = []
+        for config in entrants:
+            outputs, launches = group.op.plan(config, **opened.inputs)
+            run(launches)
+            check(group.op, tensors(outputs), opened.expected)
+            plans.append(launches)
+        for place, value in enumerate(timer(plans, rounds)):
+            seconds[place][opened.name] = value
+    return [(_geometric_mean(mine, seconds[0]), mine) for mine in seconds]
+
+
+def _geometric_mean(mine: dict[str, float], theirs: dict[str, float]) -> float:
+    logs = [math.log(mine[name] / theirs[name]) for name in mine]
+    return math.exp(sum(logs) / len(logs))
+
+
+def cuda_target() -> tuple[torch.device, Target]:
+    """The current CUDA device and what kernels are chosen for there.
+
+    Raises:
+        MissingDevice: if there is none.
+    """
+    if not torch.cuda.is_available():
+        raise MissingDevice("expected a CUDA device, found none: nothing can be timed here")
+    device = torch.device("cuda", torch.cuda.current_device())
+    return device, target_of(device)
