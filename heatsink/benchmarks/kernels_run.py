@@ -21,7 +21,7 @@ from heatsink.runtime.errors import InvalidRequest
 from heatsink.runtime.files import make_folder, write_whole
 from heatsink.tuning import select
 
-ROUNDS = {"cuda": 50, "cpu": 15}
+ROUNDS = {"cuda": 50, "cpu": 31}
 Progress = Callable[[str, int, int], None]
 
 
@@ -170,7 +170,7 @@ def picture(run: Run, path: Path) -> list[Path]:
         return []
     where = run.environment["device"]
     if where == "cpu":
-        where = f"{run.environment['processor']}, {run.environment['threads']} threads"
+        where = f"{run.environment['processor']}, threads: {run.environment['threads']}"
     try:
         report.plot(run.results, path, f"{where}, {run.rounds} rounds")
     except ImportError:

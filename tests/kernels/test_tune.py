@@ -229,6 +229,8 @@ def merged(before: Any, *choices: tune.Choice, when: str = "first", torch: str =
 
 def test_the_file_is_what_the_look_up_reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     document = merged(None, choice(96, 64), choice(40, 32))
+    assert document["arch"] == 90
+    assert [entry["key"]["arch"] for entry in document["ops"]["silu_mul"]] == [90, 90]
     (tmp_path / "nvidia_h200.json").write_text(json.dumps(document))
     monkeypatch.setattr(_config, "FOLDER", tmp_path)
     _config._entries.cache_clear()
