@@ -58,7 +58,7 @@ def _print_table(run: Run) -> None:
 
     from heatsink.benchmarks import report
 
-    header, rows = report.filled(run.results)
+    header, rows = report.filled(run.ordered())
     table = Table(title=f"{run.environment['device']}, {run.rounds} rounds")
     for place, column in enumerate(header):
         table.add_column(column, justify="left" if place < 2 else "right", overflow="fold")

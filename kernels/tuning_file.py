@@ -5,7 +5,8 @@
      "ops": {op: [{"key": {..., "arch": 90}, "config": {...}, "run": when, "microseconds": {...},
                    "default_microseconds": {...}, ...}]}}
 
-`arch` tells the ahead-of-time compiler whose configurations these are. A later run replaces what it tuned again and keeps the rest.
+`arch` tells the ahead-of-time compiler for which architecture to compile these. A later run
+replaces what it tuned again and keeps the rest.
 """
 
 from __future__ import annotations

@@ -59,13 +59,17 @@ class Run:
 
     def unreached(self) -> list[str]:
         """The cases that the time did not reach."""
-        rest = self.plan.cases[len(self.results) :]
+        rest = self.plan.by_turns()[len(self.results) :]
         return [f"{op.name} {case.name}" for op, _, case in rest]
+
+    def ordered(self) -> list[CaseResult]:
+        """The results op by op."""
+        return self.plan.in_order(self.results)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return report.as_dict(
-            self.results,
+            self.ordered(),
             environment=self.environment,
             ceilings=self.ceilings,
             rounds=self.rounds,
@@ -75,7 +79,7 @@ class Run:
 
     def notes(self) -> list[str]:
         """What is not in the table, and why."""
-        return report.notes(self.results, self.plan.left_out, self.unreached())
+        return report.notes(self.ordered(), self.plan.left_out, self.unreached())
 
 
 def pick_device(name: str) -> torch.device:
@@ -157,7 +161,9 @@ def write(run: Run, out: Path) -> list[Path]:
     """Write `kernels.json`, `kernels.md` and, where Matplotlib is there, `kernels.png`."""
     make_folder(out)
     text = json.dumps(run.as_dict(), indent=2) + "\n"
-    table = report.markdown(run.results) + "\n\n" + "\n".join(f"- {n}" for n in run.notes()) + "\n"
+    table = (
+        report.markdown(run.ordered()) + "\n\n" + "\n".join(f"- {n}" for n in run.notes()) + "\n"
+    )
     paths = [out / "kernels.json", out / "kernels.md"]
     for path, content in zip(paths, (text, table), strict=True):
         write_whole(path, lambda file, content=content: file.write(content.encode()))  # type: ignore[misc]
@@ -172,7 +178,7 @@ def picture(run: Run, path: Path) -> list[Path]:
     if where == "cpu":
         where = f"{run.environment['processor']}, threads: {run.environment['threads']}"
     try:
-        report.plot(run.results, path, f"{where}, {run.rounds} rounds")
+        report.plot(run.ordered(), path, f"{where}, {run.rounds} rounds")
     except ImportError:
         return []
     return [path]

@@ -133,6 +133,27 @@ def test_time_that_is_up_leaves_cases_unreached() -> None:
     assert kernels.measure(plan, CPU, rounds=1, deadline=time.monotonic() - 1) == []
 
 
+def test_ops_take_turns_and_results_stand_op_by_op() -> None:
+    other = dataclasses.replace(OP, name="geglu")
+    cases = [dataclasses.replace(CASE, name=name) for name in "abc"]
+    plan = kernels.Plan([(OP, variants(), case) for case in cases])
+    plan.cases.extend((other, variants(), case) for case in cases[:2])
+    turns = [(op.name, case.name) for op, _, case in plan.by_turns()]
+    assert turns == [
+        ("silu_mul", "a"),
+        ("geglu", "a"),
+        ("silu_mul", "b"),
+        ("geglu", "b"),
+        ("silu_mul", "c"),
+    ]
+    seen: list[str] = []
+    results = kernels.measure(
+        plan, CPU, rounds=1, compile=False, measured=lambda result: seen.append(result.op)
+    )
+    assert seen == ["silu_mul", "geglu", "silu_mul", "geglu", "silu_mul"]
+    assert [result.op for result in results] == ["silu_mul"] * 3 + ["geglu"] * 2
+
+
 def test_an_op_without_family_or_small_cases_is_named() -> None:
     nameless = dataclasses.replace(OP, name="nameless")
     plan = kernels.make_plan([nameless, OP], CPU)
