@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import pytest
 import torch
 from torch import Tensor
 
-from heatsink.benchmarks import attention, bundled, check, families, gates, norms
+from heatsink.benchmarks import attention, bundled, check, families, gates, norms, steps
 from heatsink.benchmarks.ceilings import Ceilings
 from heatsink.benchmarks.family import Cost, Variant, compulsory_bytes, eager_variant
+from heatsink.kernels import fingerprint, noise
 from heatsink.kernels._op import Inputs
 
 CPU = torch.device("cpu")
@@ -117,3 +120,52 @@ def test_the_bundled_shapes_are_what_the_expressions_take(name: str) -> None:
         for variant in family.others(inputs):
             if isinstance(variant, Variant) and variant.name.endswith("eager, NCHW"):
                 assert check.make_ready(variant, inputs, reference).max_error is not None
+
+
+def step_inputs(seed: int) -> dict[str, Tensor]:
+    """Three rows: guided with history and noise, guided with neither, not guided."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    coef = draw(3, 8)
+    coef[1, 6:] = 0
+    return {
+        "x": draw(3, 2, 4, 4),
+        "out": draw(5, 2, 4, 4),
+        "x0_prev": draw(3, 2, 4, 4),
+        "coef": coef,
+        "guidance": draw(3),
+        "uncond": torch.tensor([4, 0, 2], dtype=torch.int32),
+        "cond": torch.tensor([1, 3, 2], dtype=torch.int32),
+        "seeds": torch.tensor([7, 8, 9]),
+        "steps": torch.tensor([0, 1, 2]),
+    }
+
+
+def test_the_reference_of_a_step_is_the_runtimes(seed: int) -> None:
+    inputs = step_inputs(seed)
+    x_next, x0 = steps.guided_step(**inputs)
+    drawn = noise.normal(inputs["seeds"], inputs["steps"], 1, 32).double().view(3, 2, 4, 4)
+    for row in range(3):
+        low, high = (inputs["out"][int(inputs[name][row])] for name in ("uncond", "cond"))
+        guided = low + inputs["guidance"][row] * (high - low) if row < 2 else high
+        _, _, p, q, a, b, c, d = inputs["coef"][row]
+        own = p * inputs["x"][row] + q * guided
+        later = a * inputs["x"][row] + b * own + c * inputs["x0_prev"][row] + d * drawn[row]
+        close(x0[row], own)
+        close(x_next[row], later)
+
+
+def test_the_noise_and_digest_are_the_packages_own() -> None:
+    keys, at = torch.tensor([3, 4]), torch.tensor([0, 5])
+    assert torch.equal(steps.normal(keys, at, 1, 10), noise.normal(keys, at, 1, 10))
+    x = torch.arange(24.0).reshape(2, 12)
+    assert torch.equal(steps.fingerprint(x)[0], fingerprint.fingerprint(x).digest)
+    variants = {v.name: v for v in families.FAMILIES["fingerprint"].others({"x": x})}
+    host = variants["SHA-256 on the host"]
+    assert isinstance(host, Variant)
+    expected = [hashlib.sha256(row.tobytes()).hexdigest() for row in x.numpy()]
+    assert host.prepare({"x": x})() == expected
+    assert not host.comparable
