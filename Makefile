@@ -28,11 +28,11 @@ BENCHES := $(filter-out bench/gpu_suite.py,$(sort $(wildcard bench/*.py)))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-gpu coverage bench lint lint-ruff lint-format lint-types lint-cpp
+.PHONY: help demo test test-slow test-gpu coverage kernels-check bench lint lint-ruff lint-format lint-types lint-cpp
 .PHONY: format env lock wheel clean distclean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(READY) ## build the bundled model's engine, draw the contact sheet, measure it against diffusers
 	$(BIN)/python -m heatsink.demo
@@ -49,6 +49,9 @@ test-gpu: $(READY) ## the tests marked gpu, on a machine with a CUDA device
 
 coverage: $(READY) ## the tests, and the lines they never reach
 	OMP_NUM_THREADS=1 $(PYTEST) -n $(JOBS) --dist loadfile --benchmark-disable --cov --cov-report=term-missing:skip-covered $(ARGS)
+
+kernels-check: $(READY) ## every case and configuration of every kernel, compiled for every architecture
+	$(BIN)/python -m heatsink.cli kernels check --all --space --record .work/kernels.json $(ARGS)
 
 bench: $(READY) ## the measurements of bench/, on the engine that make demo built
 	$(if $(BENCHES),,@echo "bench/ holds no measurement yet"; exit 1)

@@ -4,10 +4,10 @@
 // that an extension left over from an older checkout is never used.
 #define HEATSINK_INTERFACE 2
 
-// A function marked so is compiled for the baseline and for AVX2 and chosen when the library is
-// loaded. Bits cannot differ: the code is integer or plain IEEE, and contraction is off.
+// A function marked so is compiled for the baseline, AVX2 and AVX-512 and chosen when the library
+// is loaded. Bits cannot differ: the code is integer or plain IEEE, and contraction is off.
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
-#define HEATSINK_CLONES __attribute__((target_clones("default", "avx2")))
+#define HEATSINK_CLONES __attribute__((target_clones("default", "avx2", "arch=x86-64-v4")))
 #else
 #define HEATSINK_CLONES
 #endif

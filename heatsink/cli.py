@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 import warnings
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from heatsink import console, flags
+from heatsink import console, flags, kernel_commands, receipts
 from heatsink.bench_command import app as bench_app
 from heatsink.kernels.errors import KernelError
 from heatsink.runtime.errors import HeatsinkError, InvalidRequest, NotBuilt
@@ -26,9 +25,8 @@ if TYPE_CHECKING:
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__
 )
-kernels_app = typer.Typer(no_args_is_help=True, help="Compile, check and tune the kernels.")
-kernels_app.command()(tune)
-app.add_typer(kernels_app, name="kernels")
+kernel_commands.app.command()(tune)
+app.add_typer(kernel_commands.app, name="kernels")
 app.add_typer(bench_app, name="bench")
 
 
@@ -104,6 +102,7 @@ def generate(
     guidance: flags.Guidance = 5.0,
     scheduler: flags.Sampler = "dpm++2m",
     size: flags.Size = "",
+    overwrite: flags.Overwrite = False,
     quiet: flags.Quiet = False,
 ) -> None:
     """Make pictures with an engine; writes PNGs and `receipts.json`."""
@@ -120,24 +119,32 @@ def generate(
         "scheduler": scheduler,
         "size": flags.parse_size(size),
     }
-    result = _generate(engine, out, prompts, fields, quiet)
+    earlier = receipts.read(out)
+    result = _generate(engine, out, prompts, fields, overwrite, quiet)
     for note in dict.fromkeys(note for receipt in result.receipts for note in receipt.notes):
         console.note(note)
-    paths = result.save(out)
-    _write_receipts(out, paths, result)
+    paths = result.save(out, overwrite=overwrite)
+    receipts.write(out, earlier, paths, result)
     for path in paths:
         print(path)
 
 
 def _generate(
-    engine: Path, out: Path, prompts: list[str], fields: dict[str, Any], quiet: bool
+    engine: Path,
+    out: Path,
+    prompts: list[str],
+    fields: dict[str, Any],
+    overwrite: bool,
+    quiet: bool,
 ) -> Result:
     import heatsink
     from heatsink.runtime.arguments import make_requests
+    from heatsink.runtime.result import picture_paths
     from heatsink.runtime.text import PromptTruncated
 
-    # A wrong value is told before the engine is opened.
+    # A wrong value is told before the engine is opened, and so is a picture in the way.
     requests, _ = make_requests(prompts, **fields)
+    picture_paths(out, requests, overwrite=overwrite)
     with console.quiet_libraries(diffusers=False), warnings.catch_warnings():
         # The caller says it, once for each text.
         warnings.simplefilter("ignore", PromptTruncated)
@@ -160,21 +167,6 @@ def _open_image(path: Path) -> Any:
     # Pillow raises these on files that are cut off, of no known format, or too large to be honest.
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InvalidRequest(f"--image: {path} can't be read as a picture: {error}") from None
-
-
-def _write_receipts(out: Path, paths: list[Path], result: Result) -> None:
-    from heatsink.runtime.files import write_whole
-
-    entries = [
-        {
-            "file": path.name,
-            "request": request.model_dump(mode="json"),
-            "receipt": receipt.as_dict(),
-        }
-        for path, request, receipt in zip(paths, result.requests, result.receipts, strict=True)
-    ]
-    text = json.dumps(entries, indent=2) + "\n"
-    write_whole(out / "receipts.json", lambda file: file.write(text.encode()))
 
 
 @app.command()

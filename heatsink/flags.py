@@ -59,6 +59,8 @@ Guidance = Annotated[float, typer.Option(help="scale of classifier-free guidance
 Sampler = Annotated[str, typer.Option(help="euler, dpm++2m, ddim or lcm")]
 Size = Annotated[str, typer.Option(help="HEIGHTxWIDTH in pixels; the engine's own if not given")]
 
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace pictures of an earlier run")]
+
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress bars")]
 EngineFolder = Annotated[Path, typer.Argument(help="the engine folder")]
 

@@ -61,6 +61,17 @@ def target_of(device: torch.device) -> Target:
     return _cuda_target(torch.cuda.current_device() if device.index is None else device.index)
 
 
+def targets(arch: int) -> list[Target]:
+    """The targets of an architecture: the default, and each device whose file has keys of it."""
+    found = [Target("", arch)]
+    for path in sorted(FOLDER.glob("*.json")):
+        ops = json.loads(path.read_text("utf-8")).get("ops", {})
+        archs = {entry["key"].get("arch") for entries in ops.values() for entry in entries}
+        if path.stem != DEFAULT and arch in archs:
+            found.append(Target(path.stem, arch))
+    return found
+
+
 @functools.cache
 def _entries(name: str) -> dict[str, list[dict[str, Any]]]:
     path = FOLDER / f"{name}.json"

@@ -6,7 +6,6 @@ them: from an opened cache of compiled kernels, or through Triton.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heatsink.kernels.errors import MissingTriton
+from heatsink.kernels import _cache
+from heatsink.kernels._compile import jit_function
 
 ARCHS = (80, 89, 90, 100, 120)
 ALIGNMENT = 16
@@ -46,6 +46,8 @@ class Kernel:
         plain: integer parameters that are never specialised, so that one binary serves every
             value; the function's `do_not_specialize` names the same.
         fusion: whether products and sums may be contracted; False where bits are specified.
+        scratch: whether some of its binaries need global memory of their own at a launch, as those
+            that make TMA descriptors do.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Kernel:
     archs: tuple[int, ...] = ARCHS
     plain: tuple[str, ...] = ()
     fusion: bool = True
+    scratch: bool = False
 
     def function(self) -> Any:
         """The `triton.jit` function.
@@ -60,15 +63,7 @@ class Kernel:
         Raises:
             MissingTriton: if Triton is not installed.
         """
-        try:
-            module = importlib.import_module(f"heatsink.kernels.jit.{self.module}")
-        except ModuleNotFoundError as error:
-            if (error.name or "").split(".")[0] != "triton":
-                raise
-            raise MissingTriton(
-                f"{self.name}: expected Triton, which is not installed: pip install 'heatsink[gpu]'"
-            ) from None
-        return getattr(module, f"_{self.name}_kernel")
+        return jit_function(self.name, self.module)
 
 
 @dataclass(frozen=True)
@@ -109,9 +104,10 @@ def _type_of(name: str, value: Value, kernel: Kernel) -> str:
     if value is None:
         return "=None"
     if isinstance(value, Tensor):
-        # A tensor without memory stands for one as the allocator gives it.
-        aligned = value.device.type == "meta" or value.data_ptr() % ALIGNMENT == 0
-        return _POINTERS[value.dtype] + (":16" if aligned else "")
+        # A tensor without memory stands for one in memory as the allocator gives it.
+        meta = value.device.type == "meta"
+        address = value.storage_offset() * value.element_size() if meta else value.data_ptr()
+        return _POINTERS[value.dtype] + (":16" if address % ALIGNMENT == 0 else "")
     if isinstance(value, float):
         return "fp32"
     kind = "i32" if -(2**31) <= value < 2**31 else "i64"
@@ -127,9 +123,11 @@ def run(launches: Iterable[Launch]) -> None:
 
     Raises:
         MissingTriton: if a kernel must be compiled and Triton is not installed.
+        CacheMismatch: if a cache of compiled kernels is in use and lacks one.
     """
+    cache = _cache.in_use()
     for launch in launches:
-        if 0 in launch.grid:
+        if 0 in launch.grid or (cache and cache.run(launch)):
             continue
         launch.kernel.function()[launch.grid](
             **launch.args,

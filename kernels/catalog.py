@@ -7,7 +7,14 @@ import importlib
 from heatsink.kernels._op import Op
 
 # Modules of this package, each with an `OP`.
-MODULES = ("silu_mul",)
+MODULES = (
+    "geglu",
+    "group_norm_silu",
+    "layer_norm",
+    "rms_norm",
+    "rotary",
+    "silu_mul",
+)
 
 
 def ops() -> dict[str, Op]:

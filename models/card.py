@@ -14,6 +14,7 @@ import typer
 from heatsink.models import data, networks
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
+CONTROL = Path(__file__).with_name("card_controlnet.md")
 
 
 def _parts(model: Path) -> str:
@@ -48,23 +49,20 @@ def _fidelity(scores: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def _control(found: dict[str, Any]) -> str:
+    rows = []
+    for name, label in (("unknown", "never taught to the base"), ("known", "known to the base")):
+        c = found[name]
+        without, steered = (c[f"overlap {how} ControlNet"] for how in ("without", "with"))
+        rows.append(f"| {label} | {c['subjects']} | {without:.0%} | {steered:.0%} |")
+    return CONTROL.read_text(encoding="utf-8").format(rows="\n".join(rows))
+
+
 def render(model: Path, training: str) -> str:
     """The card's text."""
     found = json.loads((model / "evaluation.json").read_text(encoding="utf-8"))
     psnr = found["autoencoder PSNR in dB on held-out emoji"]
     scores, settings = found["fidelity"], found["settings"]
-    control = ""
-    if "controlnet" in found:
-        c = found["controlnet"]
-        control = (
-            f"**ControlNet.** It was trained for minutes only and steers weakly. On "
-            f"{c['subjects']:.0f} subjects whose line art it never saw and whose names the base "
-            "was never taught, the "
-            f"silhouette of the picture overlaps that of the subject by "
-            f"{c['overlap with ControlNet']:.0%} with it and "
-            f"{c['overlap without ControlNet']:.0%} without it (intersection over union, same "
-            "seeds and prompts).\n"
-        )
     styles = ", ".join(f"{name} {psnr[name]}" for name in (data.BASE_STYLE, *data.BRANDS))
     return TEMPLATE.read_text(encoding="utf-8").format(
         subjects=settings["subjects"],
@@ -76,11 +74,12 @@ def render(model: Path, training: str) -> str:
         held=psnr["emoji"],
         psnr=psnr["mean"],
         styles=styles,
+        seeds=settings["seeds of a combination never seen"],
         groups=found["fidelity"]["subgroups"],
         chance_group=f"{scores['chance']['subgroup']:.1%}",
         chance_style=f"{scores['chance']['style']:.0%}",
         fidelity=_fidelity(scores),
-        control=control,
+        control=_control(found["controlnet"]) if "controlnet" in found else "",
         training=training,
         **data.PACKAGES,
     )

@@ -1,8 +1,9 @@
-"""Trains text encoder and UNet on the base style, then the LoRAs and the ControlNet.
+"""Trains text encoder and UNet on the base style, then the LoRAs.
 
-All of them minimise the squared error of the velocity `v = sqrt(a) noise - sqrt(1-a) x0` (Salimans
-& Ho, https://arxiv.org/abs/2202.00512): unlike the noise it stays informative at the noisiest
-timesteps, where a picture is still decided by its caption alone.
+They and the ControlNet minimise the squared error of the velocity
+`v = sqrt(a) noise - sqrt(1-a) x0` (Salimans & Ho, https://arxiv.org/abs/2202.00512): unlike the
+noise it stays informative at the noisiest timesteps, where a picture is still decided by its
+caption alone.
 """
 
 from __future__ import annotations
@@ -196,51 +197,3 @@ def train_lora(
         sample=sample,
         seed=2,
     )
-
-
-def train_controlnet(
-    icons: data.Icons,
-    vae: Any,
-    bundle: Bundle,
-    folder: Path,
-    steps: int,
-    seconds: float | None,
-    sample: Callable[[str], None] | None,
-) -> Any:
-    """Train a ControlNet on pairs of line art and base-style picture, of all subjects."""
-    from diffusers import ControlNetModel
-
-    bundle.text_encoder.requires_grad_(False)
-    bundle.unet.requires_grad_(False)
-    torch.manual_seed(3)
-    controlnet = ControlNetModel.from_unet(bundle.unet, conditioning_channels=3)
-    controlnet = controlnet.to(bundle.device).requires_grad_(True)
-    subjects = np.flatnonzero(~icons.held_out("controlnet"))
-    latents = latents_of(vae, icons.pictures[subjects, 0], bundle.device)
-    lines = torch.from_numpy(icons.pictures[subjects, data.STYLES.index(data.LINE_ART)])
-
-    def loss_of_step(generator: torch.Generator) -> Tensor:
-        index = torch.randint(len(subjects), (BATCH,), generator=generator, device=bundle.device)
-        chosen = [int(subjects[i]) for i in index.tolist()]
-        captions = captions_for(icons, chosen, 0.3, generator)
-        # 0..1, as diffusers' control image processor gives it.
-        condition = (to_tensor(lines[index.cpu()].numpy()).to(bundle.device) + 1) / 2
-
-        def residuals(noisy: Tensor, t: Tensor, hidden: Tensor) -> dict[str, Any]:
-            down, mid = controlnet(noisy, t, hidden, controlnet_cond=condition, return_dict=False)
-            return {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
-
-        return velocity_loss(bundle, latents[index], captions, generator, residuals)
-
-    loop.train(
-        "controlnet",
-        folder,
-        dict(controlnet.named_parameters()),
-        loss_of_step,
-        steps=steps,
-        seconds=seconds,
-        lr=5e-4,
-        sample=sample,
-        seed=3,
-    )
-    return controlnet

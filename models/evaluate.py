@@ -1,8 +1,9 @@
 """Measures the bundled model: `python models/evaluate.py --work DIR --model models/emoji`.
 
 Reconstruction of held-out emoji by the autoencoder, and prompt fidelity: a classifier trained on
-real emoji of all styles says which subgroup and style a generated picture shows. Writes
-`evaluation.json` into the model folder, and `evaluation.png` under `--work`.
+real emoji of all styles says which subgroup and style a generated picture shows. And how well the
+ControlNet steers. Writes `evaluation.json` into the model folder, and `evaluation.png` and
+`controlnet.png` under `--work`.
 """
 
 from __future__ import annotations
@@ -17,20 +18,20 @@ import torch
 import typer
 from rich.progress import track
 
-from heatsink.models import autoencoder, classifier, data, sampling
+from heatsink.models import autoencoder, classifier, data, evaluate_control, sampling
+from heatsink.models.evaluate_control import GUIDANCE, SEED, STEPS, prompts_of
 from heatsink.models.train import SUBJECTS
 
 Bools = npt.NDArray[np.bool_]
 Pictures = npt.NDArray[np.uint8]
-STEPS, GUIDANCE, SEED = 20, 4.0, 1000
-
-
-def _prompts(icons: data.Icons, subjects: npt.NDArray[np.int64]) -> list[str]:
-    return [("an " if icons.names[i][0] in "aeiou" else "a ") + icons.names[i] for i in subjects]
+# Pictures of each combination that was never seen: the few subjects make a score noisy enough.
+UNSEEN_SEEDS = 4
+# Of the judge: by steps, so that it is the same judge on a busy machine.
+JUDGE_STEPS = 1500
 
 
 def _draw(pipe: Any, icons: data.Icons, subjects: npt.NDArray[np.int64], what: str) -> Pictures:
-    prompts = _prompts(icons, subjects)
+    prompts = prompts_of(icons, subjects)
     parts = [
         sampling.generate(
             pipe, prompts[start : start + 32], steps=STEPS, guidance=GUIDANCE, seed=SEED + start
@@ -119,7 +120,7 @@ def fidelity(
             icons.pictures[real, column], real, style
         )
         for name, mask in groups.items():
-            subjects = np.flatnonzero(mask)
+            subjects = np.tile(np.flatnonzero(mask), UNSEEN_SEEDS if name == "unseen" else 1)
             pictures = _draw(pipe, icons, subjects, f"{style}, {name}")
             entry[f"generated, {name} in training"] = judge.score(pictures, subjects, style)
             both = np.stack([icons.pictures[subjects[:20], column], pictures[:20]], 0)
@@ -130,54 +131,9 @@ def fidelity(
     return result, shown
 
 
-def control(model: Path, icons: data.Icons, device: str, count: int = 64) -> dict[str, float]:
-    """Overlap (intersection over union) of generated silhouettes with their subjects'.
-
-    On subjects whose line art the ControlNet never saw and whose names the base was never taught,
-    so that only the line art tells the shape; with and without it, from the same seeds and prompts.
-    """
-    from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
-
-    net = ControlNetModel.from_pretrained(model / "controlnet", local_files_only=True)
-    pipe = StableDiffusionControlNetPipeline.from_pretrained(
-        model, controlnet=net, torch_dtype=torch.float32, local_files_only=True
-    ).to(device)
-    pipe.controlnet.to(torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    subjects = np.flatnonzero(~icons.selected & icons.held_out("controlnet"))[:count]
-    lines = icons.pictures[subjects, data.STYLES.index(data.LINE_ART)]
-    target = icons.pictures[subjects, 0].min(-1) < 235
-    images = torch.from_numpy(lines).permute(0, 3, 1, 2).float() / 255
-    out = {"subjects": float(len(subjects))}
-    for name, scale in (("with", 1.0), ("without", 0.0)):
-        prompts = _prompts(icons, subjects)
-        parts = []
-        for start in track(range(0, len(prompts), 32), f"ControlNet: {name}"):
-            part = slice(start, start + 32)
-            generators = [
-                torch.Generator().manual_seed(SEED + start + i) for i in range(len(prompts[part]))
-            ]
-            with torch.inference_mode():
-                got = pipe(
-                    prompts[part],
-                    image=images[part],
-                    num_inference_steps=STEPS,
-                    guidance_scale=GUIDANCE,
-                    controlnet_conditioning_scale=scale,
-                    generator=generators,
-                    output_type="np",
-                )
-            parts.append((got.images * 255).round().astype(np.uint8))
-        mask = np.concatenate(parts).min(-1) < 235
-        both, either = (mask & target).sum((1, 2)), (mask | target).sum((1, 2))
-        out[f"overlap {name} ControlNet"] = round(float((both / np.maximum(either, 1)).mean()), 4)
-    return out
-
-
 def main(
     work: Annotated[Path, typer.Option(help="data and the classifier's checkpoint go here")],
     model: Annotated[Path, typer.Option(help="the model folder")] = Path("models/emoji"),
-    minutes: Annotated[float, typer.Option(help="limit of the classifier's training")] = 6,
     threads: Annotated[int, typer.Option(help="CPU threads; 0: PyTorch's choice")] = 0,
     only_classifier: Annotated[bool, typer.Option(help="train the classifier and stop")] = False,
 ) -> None:
@@ -190,7 +146,7 @@ def main(
     icons = data.load_or_build(work, SUBJECTS)
     folder = work / "vae" if only_classifier else model / "vae"
     vae = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32).to(device).eval()
-    judge_model = classifier.train_classifier(icons, vae, work, 6000, minutes * 60, device)
+    judge_model = classifier.train_classifier(icons, vae, work, JUDGE_STEPS, None, device)
     if only_classifier:
         return
     judge = Judge(judge_model, icons, device)
@@ -203,10 +159,12 @@ def main(
             "guidance": GUIDANCE,
             "scheduler": "ddim",
             "subjects": int(icons.selected.sum()),
+            "seeds of a combination never seen": UNSEEN_SEEDS,
         },
     }
     if (model / "controlnet").exists():
-        result["controlnet"] = control(model, icons, device)
+        result["controlnet"], rows = evaluate_control.control(model, icons, device)
+        evaluate_control.save_examples(rows, work)
     (model / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     sampling.save_grid(np.concatenate(list(shown.values())), 20, work / "evaluation.png")
     print(json.dumps(result, indent=2))

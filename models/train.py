@@ -3,8 +3,10 @@
 Stages in order: data, vae, base, decoder, lora (each brand), controlnet, export. Each
 resumes from its checkpoint under `--work` and can be run alone. `--minutes` limits the wall-clock
 time of all the training together, shared out over the stages; a GPU is used where there is one.
-The data step needs `npm`. `models/evaluate.py` then measures the model, `models/card.py` writes its
-card: both belong to the weights, so `export` leaves neither of an older model behind.
+The data step needs `npm`. `--from models/emoji` takes the networks of a finished model, so that
+`lora` or `controlnet` alone can be trained anew on them. `models/evaluate.py` then measures the
+model, `models/card.py` writes its card: both belong to the weights, so `export` leaves neither of
+an older model behind.
 """
 
 from __future__ import annotations
@@ -15,11 +17,20 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from heatsink.models import autoencoder, data, diffusion, export_model, networks, sampling
+from heatsink.models import (
+    autoencoder,
+    control,
+    data,
+    diffusion,
+    export_model,
+    import_model,
+    networks,
+    sampling,
+)
 
 # Shares of the time budget, and the steps that are enough where time is not the limit.
-SHARES = {"vae": 0.22, "base": 0.30, "decoder": 0.14, "lora": 0.27, "controlnet": 0.07}
-STEPS = {"vae": 8000, "base": 40000, "decoder": 6000, "lora": 4000, "controlnet": 6000}
+SHARES = {"vae": 0.16, "base": 0.22, "decoder": 0.11, "lora": 0.20, "controlnet": 0.31}
+STEPS = {"vae": 8000, "base": 40000, "decoder": 6000, "lora": 4000, "controlnet": 9000}
 SUBJECTS = 400
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -112,7 +123,7 @@ def train_lora(run: Run, brand: str) -> None:
 def train_controlnet(run: Run) -> None:
     """Train the ControlNet."""
     vae, bundle = run.vae(), run.bundle()
-    controlnet = diffusion.train_controlnet(
+    controlnet = control.train_controlnet(
         run.icons, vae, bundle, run.work, sample=None, **run.limits("controlnet")
     )
     controlnet.save_pretrained(run.work / "controlnet")
@@ -131,13 +142,24 @@ def main(
         int, typer.Option(help="optimiser steps of every stage instead of the defaults")
     ] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads; 0: PyTorch's choice")] = 0,
+    source: Annotated[
+        Path | None,
+        typer.Option("--from", help="a finished model folder to take the other networks from"),
+    ] = None,
 ) -> None:
     """Run one stage of the training, or all of them."""
-    run = Run(work, minutes or None, steps or None, threads)
     everything = stage == "all"
     known = {"all", "data", "vae", "base", "decoder", "lora", "controlnet", "export"}
     if stage not in known:
         raise typer.BadParameter(f"stage must be one of {sorted(known)}, not {stage!r}")
+    if source is not None:
+        if stage not in ("lora", "controlnet", "export"):
+            raise typer.BadParameter(
+                f"--from replaces what stage {stage!r} would train: "
+                "it goes with lora, controlnet and export"
+            )
+        import_model.unpack(source, work)
+    run = Run(work, minutes or None, steps or None, threads)
     if everything or stage == "vae":
         train_vae(run)
     if everything or stage == "base":

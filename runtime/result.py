@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from heatsink.runtime.errors import CallerError
 from heatsink.runtime.files import make_folder, write_whole
 from heatsink.runtime.request import Request
 
@@ -55,22 +56,49 @@ class Result:
     def __len__(self) -> int:
         return len(self.images)
 
-    def save(self, folder: str | Path, stem: str = "image") -> list[Path]:
+    def save(
+        self, folder: str | Path, stem: str = "image", *, overwrite: bool = False
+    ) -> list[Path]:
         """Write `folder/stem-SEED.png` for every image (a number is added where seeds repeat).
 
+        Args:
+            folder: where they go; made where it is missing.
+            stem: what their names begin with.
+            overwrite: replace pictures that are there already.
+
         Raises:
-            CallerError: the folder may not be written, or is a file.
+            CallerError: the folder may not be written, is a file, or holds one of the pictures
+                already; none is written then.
             ResourceError: no space is left; no picture is there by halves.
         """
-        folder = Path(folder)
-        make_folder(folder)
-        paths: list[Path] = []
-        for image, request in zip(self.images, self.requests, strict=True):
-            path = folder / f"{stem}-{request.seed}.png"
-            count = 2
-            while path in paths:
-                path = folder / f"{stem}-{request.seed}-{count}.png"
-                count += 1
+        paths = picture_paths(Path(folder), self.requests, stem, overwrite=overwrite)
+        make_folder(Path(folder))
+        for image, path in zip(self.images, paths, strict=True):
             write_whole(path, functools.partial(image.save, format="PNG"))
-            paths.append(path)
         return paths
+
+
+def picture_paths(
+    folder: Path, requests: Sequence[Request], stem: str = "image", *, overwrite: bool = False
+) -> list[Path]:
+    """Where the pictures of these requests go, so that a caller can ask before the work.
+
+    Raises:
+        CallerError: one of them is there already, and is not to be replaced.
+    """
+    paths: list[Path] = []
+    for request in requests:
+        path = folder / f"{stem}-{request.seed}.png"
+        count = 2
+        while path in paths:
+            path = folder / f"{stem}-{request.seed}-{count}.png"
+            count += 1
+        paths.append(path)
+    there = [path for path in paths if path.exists()]
+    if there and not overwrite:
+        more = f" and {len(there) - 1} more" if len(there) > 1 else ""
+        raise CallerError(
+            f"{there[0]}{more} would be replaced: name another folder or seed, or allow it "
+            "(--overwrite; overwrite=True)"
+        )
+    return paths

@@ -187,6 +187,28 @@ def test_generate_writes_pictures_and_receipts(
     assert [entry["request"]["seed"] for entry in entries] == [7, 8, 9, 10]
 
 
+def test_generate_replaces_no_picture_unasked(
+    run: Run, sd1_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["generate", "a cat", "--engine", sd1_folder, "--steps", 1, "--guidance", 1, "-q"]
+    assert run(*command, "--seed", 7).code == 0
+    picture, receipts = Path("out/image-7.png").read_bytes(), Path("out/receipts.json").read_text()
+    with monkeypatch.context() as patch:
+        # It is told before anything is opened.
+        patch.setattr("heatsink.load", pytest.fail)
+        refused(run(*command, "--seed", 6, "-n", 2), "image-7.png would be replaced")
+    assert sorted(os.listdir("out")) == ["image-7.png", "receipts.json"]
+    assert Path("out/image-7.png").read_bytes() == picture
+    # Beside it there is room, and its receipt stays.
+    assert run(*command, "--seed", 8).code == 0
+    entries = json.loads(Path("out/receipts.json").read_text())
+    assert entries[:1] == json.loads(receipts)
+    assert [entry["file"] for entry in entries] == ["image-7.png", "image-8.png"]
+    outcome = run("generate", "a dog", *command[2:], "--seed", 7, "--overwrite")
+    assert outcome.code == 0, outcome
+    assert Path("out/image-7.png").read_bytes() != picture
+
+
 def test_generate_from_a_picture(run: Run, sd1_folder: Path, sd1_engine: Engine) -> None:
     start = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
     start.save("start.png")

@@ -12,14 +12,30 @@ from heatsink.kernels.reference.exact import (
     philox_4x32_10,
     word_to_normal,
 )
-from heatsink.kernels.reference.gates import silu_mul
+from heatsink.kernels.reference.gates import (
+    geglu,
+    silu_mul,
+)
+from heatsink.kernels.reference.norms import (
+    group_norm_silu,
+    layer_norm,
+    rms_norm,
+)
+from heatsink.kernels.reference.positions import (
+    rotary,
+)
 
 __all__ = [
     "FINGERPRINT_FORMATS",
     "fingerprint_key",
     "fingerprint_row",
+    "geglu",
+    "group_norm_silu",
+    "layer_norm",
     "noise_word",
     "philox_4x32_10",
+    "rms_norm",
+    "rotary",
     "silu_mul",
     "word_to_normal",
 ]

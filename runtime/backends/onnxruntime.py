@@ -6,7 +6,23 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from heatsink.runtime.backends.session import Array
-from heatsink.runtime.errors import EngineMismatch, InvalidRequest, MissingDependency
+from heatsink.runtime.errors import (
+    EngineMismatch,
+    InvalidRequest,
+    MissingDependency,
+    ResourceError,
+)
+
+# The library has no type for it: what its arena and what the C++ runtime under it say.
+_NO_MEMORY = ("Failed to allocate memory", "bad_alloc")
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or any(text in str(error) for text in _NO_MEMORY)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 class OnnxRuntimeSession:
@@ -20,6 +36,7 @@ class OnnxRuntimeSession:
     Raises:
         MissingDependency: the library is not installed.
         EngineMismatch: the library refuses the file.
+        ResourceError: there is no memory for it.
     """
 
     def __init__(self, name: str, path: Path, *, threads: int = 0) -> None:
@@ -40,7 +57,13 @@ class OnnxRuntimeSession:
                 str(path), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # the library raises a dozen types of its own
-            raise EngineMismatch(f"ONNX Runtime can't open {path.name}: {error}") from error
+            if _out_of_memory(error):
+                raise ResourceError(
+                    f"no memory is left to open {path.name}: {_one_line(error)}"
+                ) from error
+            raise EngineMismatch(
+                f"ONNX Runtime can't open {path.name}: {_one_line(error)}"
+            ) from error
         self.inputs = [value.name for value in self._session.get_inputs()]
         self.outputs = [value.name for value in self._session.get_outputs()]
 
@@ -50,10 +73,20 @@ class OnnxRuntimeSession:
         Raises:
             InvalidRequest: an input is missing, or one is given that the component was not built
                 with.
+            ResourceError: the memory did not suffice; the session can still be used.
         """
         if set(inputs) != set(self.inputs):
             raise InvalidRequest(
                 f"{self.name} takes the inputs {sorted(self.inputs)}, got {sorted(inputs)}"
             )
-        values = self._session.run(self.outputs, dict(inputs))
+        try:
+            values = self._session.run(self.outputs, dict(inputs))
+        except Exception as error:
+            if not _out_of_memory(error):
+                raise
+            shapes = ", ".join(f"{key} {list(value.shape)}" for key, value in inputs.items())
+            raise ResourceError(
+                f"no memory is left to run {self.name} on {shapes}; an engine with a smaller "
+                f"--batch or --size needs less: {_one_line(error)}"
+            ) from error
         return dict(zip(self.outputs, values, strict=True))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor
 
 from heatsink.kernels import _native, reference
-from heatsink.kernels import fingerprint as module
 from heatsink.kernels.fingerprint import Fingerprint, fingerprint
+
+module = import_module("heatsink.kernels.fingerprint")
 
 DOCS = Path(__file__).parents[2] / "docs" / "fingerprint.md"
 DTYPES = (

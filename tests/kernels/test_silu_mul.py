@@ -1,21 +1,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from heatsink.kernels import reference
-from heatsink.kernels import silu_mul as module
+from heatsink.kernels import _native, reference
 from heatsink.kernels.silu_mul import silu_mul
+
+module = import_module("heatsink.kernels.silu_mul")
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Aligned, ragged, empty rows, no rows, one dimension, the bundled model's width.
 SHAPES = ((4, 256), (3, 5, 77), (2, 0), (0, 16), (33,), (2, 64, 512))
-# The op as a user calls it, and the Triton kernel, here under the interpreter.
-BOTH = pytest.mark.parametrize("run", [silu_mul, module._silu_mul_triton], ids=["op", "triton"])
+# C++ where it was built; the PyTorch implementation; Triton, here under the interpreter.
+ALL = pytest.mark.parametrize(
+    "run",
+    [silu_mul, module._silu_mul_torch, module._silu_mul_triton],
+    ids=["op", "torch", "triton"],
+)
 Run = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -27,7 +33,7 @@ def packed(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> tuple[Tenso
     return gate, up
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_against_float64(
@@ -45,7 +51,7 @@ def test_against_float64(
     assert out.is_contiguous()
 
 
-@BOTH
+@ALL
 def test_rows_are_exact(run: Run, seed: int, row_exact: Any) -> None:
     def make(batch: int) -> dict[str, Tensor]:
         gate, up = packed((batch, 3, 77), torch.float32, seed + batch)
@@ -57,8 +63,31 @@ def test_rows_are_exact(run: Run, seed: int, row_exact: Any) -> None:
 def test_large_values_do_not_overflow(seed: int) -> None:
     gate = torch.tensor([-1e4, -90.0, 0.0, 90.0, 1e4])
     expected = torch.tensor([0.0, 0.0, 0.0, 90.0, 1e4])
-    for run in (silu_mul, module._silu_mul_triton):
+    for run in (silu_mul, module._silu_mul_torch, module._silu_mul_triton):
         assert torch.allclose(run(gate, torch.ones(5)), expected, atol=1e-30)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_implementations_agree_bit_by_bit(dtype: torch.dtype, seed: int) -> None:
+    if not _native.available():
+        pytest.skip(f"one implementation only: {_native.describe()}")
+    generator = torch.Generator().manual_seed(seed)
+    size = torch.empty(0, dtype=dtype).element_size()
+    raw = torch.randint(0, 256, (2, 3, 4026, size), generator=generator, dtype=torch.uint8)
+    gate, up = raw.view(dtype)[..., 0].chunk(2, dim=-1)
+    out, expected = silu_mul(gate, up), module._silu_mul_torch(gate, up)
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert torch.equal(out.nan_to_num(), expected.nan_to_num())
+
+
+def test_strides_do_not_matter(seed: int) -> None:
+    gate, up = packed((3, 4, 77), torch.float32, seed)
+    inside = gate.transpose(1, 2).contiguous().transpose(1, 2)
+    for run in (silu_mul, module._silu_mul_torch, module._silu_mul_triton):
+        expected = run(gate.contiguous(), up.contiguous())
+        assert torch.equal(run(gate, up), expected)
+        assert torch.equal(run(inside, up), expected)
+        assert torch.equal(run(gate[::2], up[::2]), expected[::2])
 
 
 def test_opcheck_and_compile(seed: int) -> None:

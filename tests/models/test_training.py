@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import shutil
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file
 
 from heatsink.models import data, loop, train
@@ -66,9 +70,22 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("heatsink.models.diffusion.BATCH", 4)
+@pytest.fixture(scope="module", autouse=True)
+def small() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("heatsink.models.train.SUBJECTS", 20)
+        patch.setattr("heatsink.models.diffusion.BATCH", 4)
+        patch.setattr("heatsink.models.control.BATCH", 4)
+        patch.setattr("heatsink.models.control.VARIANTS", 3)
+        yield
+
+
+@pytest.fixture(scope="module")
+def trained(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder after two steps of every stage."""
+    out = tmp_path_factory.mktemp("trained") / "emoji"
+    train.main("all", work, out, "", 0, 2, 1)
+    return out
 
 
 def test_icons_line_up_over_styles_and_lie_on_white(work: Path) -> None:
@@ -101,12 +118,8 @@ def test_held_out_subjects_depend_on_names_alone(work: Path) -> None:
     assert (turned.held_out("noto", 0.5)[::-1] == first).all()
 
 
-def test_all_stages_make_a_pipeline(
-    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(train, "SUBJECTS", 20)
-    out = tmp_path / "emoji"
-    train.main("all", work, out, "", 0, 2, 1)
+def test_all_stages_make_a_pipeline(work: Path, trained: Path) -> None:
+    out = trained
     from diffusers import ControlNetModel, StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(out, local_files_only=True).to(torch.float32)
@@ -135,6 +148,51 @@ def test_all_stages_make_a_pipeline(
     before = (work / "unet.pt").read_bytes()
     train.main("base", work, out, "", 0, 2, 1)
     assert (work / "unet.pt").read_bytes() == before
+
+
+def test_adapters_and_controlnet_are_trained_anew_on_a_finished_model(
+    work: Path, trained: Path, tmp_path: Path
+) -> None:
+    first, second, other = trained, tmp_path / "second", tmp_path / "work"
+    other.mkdir()
+    shutil.copyfile(work / "icons-20.npz", other / "icons-20.npz")
+
+    def stage(name: str, brand: str = "") -> None:
+        train.main(name, other, second, brand, 0, 2, 1, first)
+
+    stage("export")
+    assert _weights(second) == _weights(first)
+    stage("lora", "noto")
+    stage("controlnet")
+    stage("export")
+    changed = {k for k, digest in _weights(first).items() if _weights(second)[k] != digest}
+    assert changed == {
+        "adapters/noto.safetensors",
+        "adapters/noto-kohya.safetensors",
+        "controlnet/diffusion_pytorch_model.safetensors",
+    }
+    # The same command goes on from there, also when it starts from what it wrote.
+    before = (other / "controlnet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    train.main("controlnet", other, second, "", 0, 2, 1, second)
+    assert (other / "controlnet" / "diffusion_pytorch_model.safetensors").read_bytes() == before
+    with pytest.raises(ValueError, match=r"already holds .*unet\.pt"):
+        train.main("lora", work, second, "", 0, 3, 1, first)
+    for name in ("all", "base", "vae"):
+        with pytest.raises(typer.BadParameter, match="--from replaces what stage"):
+            train.main(name, tmp_path / "new", second, "", 0, 3, 1, first)
+    assert not (tmp_path / "new").exists()
+
+
+def _weights(model: Path) -> dict[str, str]:
+    """A digest of the tensors in every weight file."""
+    out = {}
+    for path in sorted(model.rglob("*.safetensors")):
+        total = hashlib.sha256()
+        for key, value in sorted(load_file(path).items()):
+            total.update(f"{key}{value.dtype}{tuple(value.shape)}".encode())
+            total.update(value.numpy().tobytes())
+        out[str(path.relative_to(model))] = total.hexdigest()
+    return out
 
 
 def _draw(pipe: object) -> np.ndarray:
@@ -169,7 +227,5 @@ def test_loop_resumes_where_it_stopped(tmp_path: Path) -> None:
 
 
 def test_an_unknown_stage_is_refused(work: Path, tmp_path: Path) -> None:
-    import typer
-
     with pytest.raises(typer.BadParameter, match="stage must be one of"):
         train.main("everything", work, tmp_path, "", 0, 1, 1)

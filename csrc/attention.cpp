@@ -1,0 +1,155 @@
+// heatsink::attention on the CPU: arguments, the choice of a kernel, and the split among threads.
+
+#include "attention.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <optional>
+#include <string>
+
+namespace {
+
+using heatsink::Attention;
+using heatsink::AttentionKernel;
+using heatsink::Element;
+using heatsink::Operand;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kChunk = 256;              // queries a task has at most
+constexpr int64_t kChunkFloats = 1 << 15;    // and what they may take up, so that they stay in L2
+constexpr int64_t kGrainProducts = 1 << 18;  // products that are worth a thread
+
+// HEATSINK_CPU=portable|avx2 asks for less than the processor has: to reproduce another machine's
+// run, and to test that it needs no reproducing.
+AttentionKernel choose_kernel() {
+#ifdef HEATSINK_X86_KERNELS
+  const char* wish = std::getenv("HEATSINK_CPU");
+  const std::string most = wish == nullptr ? "" : wish;
+  const bool avx2 = most != "portable" && __builtin_cpu_supports("avx2") &&
+                    __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (avx2 && most != "avx2" && __builtin_cpu_supports("avx512f") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl")) {
+    return heatsink::attention_avx512;
+  }
+  if (avx2) {
+    return heatsink::attention_avx2;
+  }
+#endif
+  return heatsink::attention_portable;
+}
+
+// Memory that a thread keeps from call to call: new pages cost more than a small call.
+float* thread_scratch(int64_t floats) {
+  thread_local std::unique_ptr<float, decltype(&std::free)> memory(nullptr, std::free);
+  thread_local int64_t size = 0;
+  if (size < floats) {
+    memory.reset();
+    size = heatsink::round_up(floats, 16);
+    memory.reset(static_cast<float*>(std::aligned_alloc(64, size * sizeof(float))));
+    STD_TORCH_CHECK(memory != nullptr, "attention: no memory for ", size, " floats of scratch");
+  }
+  return memory.get();
+}
+
+Element element_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return Element::Float;
+    case ScalarType::Half:
+      return Element::Half;
+    case ScalarType::BFloat16:
+      return Element::BFloat16;
+    default:
+      STD_TORCH_CHECK(false, "q: dtype not supported by attention");
+  }
+}
+
+void check_like(const char* name, const Tensor& x, const Tensor& q, int64_t tokens) {
+  STD_TORCH_CHECK(x.dim() == 4 && x.is_cpu() && x.scalar_type() == q.scalar_type() &&
+                      x.size(0) == q.size(0) && x.size(1) == tokens && x.size(2) == q.size(2) &&
+                      x.size(3) == q.size(3),
+                  name, ": expected (batch, keys, heads, channels) like q, of its dtype");
+}
+
+Operand operand(const Tensor& x) {
+  return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
+}
+
+Operand bias_operand(const std::optional<Tensor>& bias, const Attention& a, ScalarType dtype) {
+  if (!bias.has_value()) {
+    return {nullptr, 0, 0, 0, 0};
+  }
+  STD_TORCH_CHECK(bias->dim() == 4 && bias->is_cpu() && bias->scalar_type() == dtype &&
+                      bias->size(0) == a.batch && bias->size(1) == a.heads &&
+                      bias->size(2) == a.queries && bias->size(3) == a.keys,
+                  "bias: expected (batch, heads, queries, keys), of q's dtype");
+  return {bias->const_data_ptr(), bias->stride(0), bias->stride(2), bias->stride(1),
+          bias->stride(3)};
+}
+
+int64_t count_tasks(const Attention& a) {
+  return a.batch * a.heads * ((a.queries + a.chunk - 1) / a.chunk);
+}
+
+// How many queries a task has, a multiple of 32. No bits depend on it, so the threads may.
+int64_t choose_chunk(Attention a) {
+  a.chunk = std::min(kChunk, heatsink::round_up(a.queries, 2 * heatsink::kLanes));
+  const int64_t wanted = 2 * static_cast<int64_t>(torch::stable::get_num_threads());
+  while (a.chunk > 2 * heatsink::kLanes &&
+         (a.chunk * a.channels > kChunkFloats || count_tasks(a) < wanted)) {
+    a.chunk = heatsink::round_up(a.chunk / 2, 2 * heatsink::kLanes);
+  }
+  return a.chunk;
+}
+
+// q: (batch, queries, heads, channels); k, v: (batch, keys, heads, channels); bias: (batch, heads,
+// queries, keys); any strides. Returns a contiguous tensor like q.
+Tensor attention(Tensor q, Tensor k, Tensor v, double scale, bool causal,
+                 std::optional<Tensor> bias) {
+  STD_TORCH_CHECK(q.dim() == 4 && q.is_cpu(), "q: expected (batch, queries, heads, channels)");
+  STD_TORCH_CHECK(k.dim() == 4, "k: expected (batch, keys, heads, channels)");
+  Attention a{};
+  a.element = element_of(q);
+  a.batch = q.size(0);
+  a.queries = q.size(1);
+  a.heads = q.size(2);
+  a.channels = q.size(3);
+  a.keys = k.size(1);
+  check_like("k", k, q, a.keys);
+  check_like("v", v, q, a.keys);
+  a.scale = static_cast<float>(scale);
+  a.causal = causal;
+  a.q = operand(q);
+  a.k = operand(k);
+  a.v = operand(v);
+  a.bias = bias_operand(bias, a, q.scalar_type());
+  Tensor out = torch::stable::new_empty(q, {a.batch, a.queries, a.heads, a.channels});
+  if (a.batch * a.queries * a.heads * a.channels == 0) {
+    return out;
+  }
+  if (a.keys == 0) {
+    return torch::stable::zero_(out);
+  }
+  a.out = out.mutable_data_ptr();
+  a.chunk = choose_chunk(a);
+
+  static const AttentionKernel kernel = choose_kernel();
+  const int64_t products = 2 * a.chunk * a.keys * a.channels;
+  const int64_t grain = std::max<int64_t>(1, kGrainProducts / products);
+  const int64_t floats = heatsink::scratch_floats(a);
+  torch::stable::parallel_for(0, count_tasks(a), grain, [&](int64_t begin, int64_t end) {
+    kernel(a, begin, end, thread_scratch(floats));
+  });
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(heatsink, CPU, m) { m.impl("attention", TORCH_BOX(&attention)); }

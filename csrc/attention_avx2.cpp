@@ -1,0 +1,90 @@
+// The attention kernel in AVX2 and FMA: a vector of 16 floats is two registers.
+
+#include "attention.h"
+
+#ifdef HEATSINK_X86_KERNELS
+
+#include <cstdint>
+#include <cstring>
+
+// After the standard headers, whose inline functions must stay runnable everywhere.
+#pragma GCC target("avx2,fma,f16c")
+#include <immintrin.h>
+
+#include "attention_kernel.h"
+
+namespace heatsink {
+namespace {
+
+struct Avx2 {
+  struct V {
+    __m256 low, high;
+  };
+  static constexpr int kAccumulators = 4;
+  static constexpr int kGroups = 1;
+
+  static V load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  static void store(float* p, V a) {
+    _mm256_storeu_ps(p, a.low);
+    _mm256_storeu_ps(p + 8, a.high);
+  }
+  static V splat(float a) { return {_mm256_set1_ps(a), _mm256_set1_ps(a)}; }
+  static V add(V a, V b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
+  static V sub(V a, V b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
+  static V mul(V a, V b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
+  static V div(V a, V b) { return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)}; }
+  static V max(V a, V b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }
+  static V fma(V a, V b, V c) {
+    return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+  }
+  static V where_equal(V a, V b, V yes, V no) {
+    return {_mm256_blendv_ps(no.low, yes.low, _mm256_cmp_ps(a.low, b.low, _CMP_EQ_OQ)),
+            _mm256_blendv_ps(no.high, yes.high, _mm256_cmp_ps(a.high, b.high, _CMP_EQ_OQ))};
+  }
+  static V where_below(int64_t lane, V yes, V no) {
+    const __m256 edge = _mm256_set1_ps(static_cast<float>(lane));
+    const __m256 low = _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256 high = _mm256_setr_ps(8, 9, 10, 11, 12, 13, 14, 15);
+    return {_mm256_blendv_ps(no.low, yes.low, _mm256_cmp_ps(low, edge, _CMP_LT_OQ)),
+            _mm256_blendv_ps(no.high, yes.high, _mm256_cmp_ps(high, edge, _CMP_LT_OQ))};
+  }
+  static __m256 times_power(__m256 a, __m256 shifted) {
+    const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(shifted), 23);
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), exponent));
+  }
+  static V times_power(V a, V shifted) {
+    return {times_power(a.low, shifted.low), times_power(a.high, shifted.high)};
+  }
+  static V gather(const float* p, int64_t pitch) {
+    return {_mm256_loadu2_m128(p + 4 * pitch, p),
+            _mm256_loadu2_m128(p + 12 * pitch, p + 8 * pitch)};
+  }
+  static void scatter(float* p, int64_t pitch, V a) {
+    _mm256_storeu2_m128(p + 4 * pitch, p, a.low);
+    _mm256_storeu2_m128(p + 12 * pitch, p + 8 * pitch, a.high);
+  }
+  static void transpose(__m256& a, __m256& b, __m256& c, __m256& d) {
+    const __m256d t0 = _mm256_castps_pd(_mm256_unpacklo_ps(a, b));
+    const __m256d t1 = _mm256_castps_pd(_mm256_unpackhi_ps(a, b));
+    const __m256d t2 = _mm256_castps_pd(_mm256_unpacklo_ps(c, d));
+    const __m256d t3 = _mm256_castps_pd(_mm256_unpackhi_ps(c, d));
+    a = _mm256_castpd_ps(_mm256_unpacklo_pd(t0, t2));
+    b = _mm256_castpd_ps(_mm256_unpackhi_pd(t0, t2));
+    c = _mm256_castpd_ps(_mm256_unpacklo_pd(t1, t3));
+    d = _mm256_castpd_ps(_mm256_unpackhi_pd(t1, t3));
+  }
+  static void transpose(V (&a)[4]) {
+    transpose(a[0].low, a[1].low, a[2].low, a[3].low);
+    transpose(a[0].high, a[1].high, a[2].high, a[3].high);
+  }
+};
+
+}  // namespace
+
+void attention_avx2(const Attention& a, int64_t begin, int64_t end, float* scratch) {
+  run_tasks<Avx2>(a, begin, end, scratch);
+}
+
+}  // namespace heatsink
+
+#endif

@@ -1,0 +1,115 @@
+// The attention kernel in plain C++, for processors that have no kernel of their own.
+
+#include <cstdint>
+#include <cstring>
+
+#include "attention.h"
+#include "attention_kernel.h"
+
+namespace heatsink {
+namespace {
+
+// a * b + c with one rounding, as every kernel's fma gives it.
+inline float fused(float a, float b, float c) {
+#ifdef __FP_FAST_FMAF
+  return __builtin_fmaf(a, b, c);
+#else
+  // The product is exact in double. If the sum is not, its last bit is made odd, so that rounding
+  // it to float rounds the exact sum: double has more than two bits more than twice float's.
+  const double product = static_cast<double>(a) * static_cast<double>(b);
+  const double addend = static_cast<double>(c);
+  const double sum = product + addend;
+  const double part = sum - product;
+  const double lost = (product - (sum - part)) + (addend - part);
+  int64_t bits;
+  std::memcpy(&bits, &sum, sizeof bits);
+  const bool away = (lost > 0.0) == (sum > 0.0);
+  const bool inexact = (lost > 0.0) | (lost < 0.0);
+  bits += inexact && (bits & 1) == 0 ? (away ? 1 : -1) : 0;
+  double odd;
+  std::memcpy(&odd, &bits, sizeof odd);
+  return static_cast<float>(odd);
+#endif
+}
+
+struct Portable {
+  struct V {
+    float lane[kLanes];
+  };
+  static constexpr int kAccumulators = 4;
+  static constexpr int kGroups = 1;
+
+  template <typename F>
+  static V map(F f) {
+    V out;
+    for (int64_t i = 0; i < kLanes; ++i) {
+      out.lane[i] = f(i);
+    }
+    return out;
+  }
+  static V load(const float* p) {
+    return map([&](int64_t i) { return p[i]; });
+  }
+  static void store(float* p, const V& a) { std::memcpy(p, a.lane, sizeof a.lane); }
+  static V splat(float a) {
+    return map([&](int64_t) { return a; });
+  }
+  static V add(const V& a, const V& b) {
+    return map([&](int64_t i) { return a.lane[i] + b.lane[i]; });
+  }
+  static V sub(const V& a, const V& b) {
+    return map([&](int64_t i) { return a.lane[i] - b.lane[i]; });
+  }
+  static V mul(const V& a, const V& b) {
+    return map([&](int64_t i) { return a.lane[i] * b.lane[i]; });
+  }
+  static V div(const V& a, const V& b) {
+    return map([&](int64_t i) { return a.lane[i] / b.lane[i]; });
+  }
+  static V fma(const V& a, const V& b, const V& c) {
+    return map([&](int64_t i) { return fused(a.lane[i], b.lane[i], c.lane[i]); });
+  }
+  static V max(const V& a, const V& b) {
+    return map([&](int64_t i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+  }
+  static V where_equal(const V& a, const V& b, const V& yes, const V& no) {
+    return map([&](int64_t i) { return a.lane[i] == b.lane[i] ? yes.lane[i] : no.lane[i]; });
+  }
+  static V where_below(int64_t lane, const V& yes, const V& no) {
+    return map([&](int64_t i) { return i < lane ? yes.lane[i] : no.lane[i]; });
+  }
+  static V times_power(const V& a, const V& shifted) {
+    uint32_t bits[kLanes];
+    uint32_t exponents[kLanes];
+    std::memcpy(bits, a.lane, sizeof bits);
+    std::memcpy(exponents, shifted.lane, sizeof exponents);
+    for (int64_t i = 0; i < kLanes; ++i) {
+      bits[i] += exponents[i] << 23;
+    }
+    V out;
+    std::memcpy(out.lane, bits, sizeof bits);
+    return out;
+  }
+  static V gather(const float* p, int64_t pitch) {
+    return map([&](int64_t i) { return p[i / 4 * 4 * pitch + i % 4]; });
+  }
+  static void scatter(float* p, int64_t pitch, const V& a) {
+    for (int64_t i = 0; i < kLanes; ++i) {
+      p[i / 4 * 4 * pitch + i % 4] = a.lane[i];
+    }
+  }
+  static void transpose(V (&a)[4]) {
+    const V b[4] = {a[0], a[1], a[2], a[3]};
+    for (int64_t row = 0; row < 4; ++row) {
+      a[row] = map([&](int64_t i) { return b[i % 4].lane[i / 4 * 4 + row]; });
+    }
+  }
+};
+
+}  // namespace
+
+void attention_portable(const Attention& a, int64_t begin, int64_t end, float* scratch) {
+  run_tasks<Portable>(a, begin, end, scratch);
+}
+
+}  // namespace heatsink

@@ -1,0 +1,278 @@
+// heatsink::group_norm_silu on the CPU: GroupNorm, its modulation and SiLU, channels innermost.
+//
+// A sample is cut into chunks of pixels that stay in the first-level cache; how depends on the
+// number of channels alone, so that neither threads nor the batch change a bit.
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "float_tensor.h"
+#include "group_norm_tile.h"
+
+namespace {
+
+constexpr int64_t kChunk = 4096;   // values of a chunk, about
+constexpr int64_t kMinPixels = 8;  // pixels of a chunk, at least
+constexpr int64_t kGrain = 8192;   // values a thread should have at least
+
+// x as samples of pixels of channels.
+struct Pixels {
+  const char* data;
+  int64_t samples, pixels, channels, sample_step, pixel_step;  // steps in elements
+  ScalarType dtype;
+
+  const char* at(int64_t n, int64_t p) const {
+    return data + (n * sample_step + p * pixel_step) * element_bytes(dtype);
+  }
+};
+
+struct Arguments {
+  Parameter weight, bias, scale, shift;
+  int64_t groups;
+  double eps;
+  bool silu;
+};
+
+struct Work {
+  std::vector<float> floats, results, scratch, coefficients;
+
+  Work(int64_t pixels, int64_t channels)
+      : floats(static_cast<size_t>(pixels * channels)),
+        results(static_cast<size_t>(pixels * channels)),
+        scratch(static_cast<size_t>(2 * channels)),
+        coefficients(static_cast<size_t>(3 * channels)) {}
+
+  Coefficients by() {
+    const int64_t channels = static_cast<int64_t>(coefficients.size()) / 3;
+    float* first = coefficients.data();
+    return {first, first + channels, first + 2 * channels};
+  }
+};
+
+class GroupNorm {
+ public:
+  GroupNorm(const Pixels& x, const Arguments& arguments, char* out)
+      : x_(x),
+        arguments_(arguments),
+        out_(out),
+        chunk_(std::max(kMinPixels, kChunk / x.channels)),
+        chunks_((x.pixels + chunk_ - 1) / chunk_),
+        moments_(static_cast<size_t>(x.samples * chunks_ * arguments.groups)) {}
+
+  void run() {
+    const int64_t size = x_.pixels * x_.channels;
+    if (x_.samples >= static_cast<int64_t>(torch::stable::get_num_threads()) || size <= kGrain) {
+      // A sample is normalised by the thread that has it in its cache.
+      const int64_t grain = std::max<int64_t>(1, kGrain / size);
+      torch::stable::parallel_for(0, x_.samples, grain, [&](int64_t begin, int64_t end) {
+        measure(begin * chunks_, end * chunks_, /*normalise_too=*/true);
+      });
+      return;
+    }
+    const int64_t grain = std::max<int64_t>(1, kGrain / (chunk_ * x_.channels));
+    const int64_t tasks = x_.samples * chunks_;
+    torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
+      measure(begin, end, /*normalise_too=*/false);
+    });
+    torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
+      Work work(chunk_, x_.channels);
+      normalise(begin, end, work);
+    });
+  }
+
+ private:
+  int64_t pixels_of(int64_t chunk) const { return std::min(chunk_, x_.pixels - chunk * chunk_); }
+
+  // A chunk's values as float32, and the step between its pixels.
+  const float* read(int64_t n, int64_t chunk, Work& work, int64_t& step) const {
+    const char* from = x_.at(n, chunk * chunk_);
+    if (x_.dtype == ScalarType::Float) {
+      step = x_.pixel_step;
+      return reinterpret_cast<const float*>(from);
+    }
+    const int64_t pixels = pixels_of(chunk);
+    step = x_.channels;
+    if (x_.pixel_step == x_.channels) {
+      read_floats(x_.dtype, from, pixels * step, work.floats.data());
+    } else {
+      for (int64_t p = 0; p < pixels; ++p) {
+        read_floats(x_.dtype, x_.at(n, chunk * chunk_ + p), step, work.floats.data() + p * step);
+      }
+    }
+    return work.floats.data();
+  }
+
+  // Moments of tasks, which are chunks of samples in order.
+  void measure(int64_t begin, int64_t end, bool normalise_too) {
+    Work work(chunk_, x_.channels);
+    for (int64_t task = begin; task < end; ++task) {
+      int64_t step = 0;
+      const int64_t chunk = task % chunks_;
+      const float* values = read(task / chunks_, chunk, work, step);
+      chunk_moments(values, step, pixels_of(chunk), x_.channels, arguments_.groups,
+                    work.scratch.data(), &moments_[task * arguments_.groups]);
+      if (normalise_too && chunk == chunks_ - 1) {
+        normalise(task - chunk, task + 1, work);
+      }
+    }
+  }
+
+  // The last chunk first: it is what was read last.
+  void normalise(int64_t begin, int64_t end, Work& work) {
+    int64_t known = -1;
+    const Coefficients by = work.by();
+    for (int64_t task = end - 1; task >= begin; --task) {
+      const int64_t n = task / chunks_;
+      const int64_t chunk = task % chunks_;
+      if (n != known) {
+        fill_coefficients(n, by);
+        known = n;
+      }
+      int64_t step = 0;
+      const float* values = read(n, chunk, work, step);
+      const bool direct = x_.dtype == ScalarType::Float;
+      const int64_t first = (n * x_.pixels + chunk * chunk_) * x_.channels;
+      char* to = out_ + first * element_bytes(x_.dtype);
+      float* results = direct ? reinterpret_cast<float*>(to) : work.results.data();
+      const int64_t pixels = pixels_of(chunk);
+      (arguments_.silu ? apply_silu : apply_affine)(values, step, pixels, x_.channels, by, results);
+      if (!direct) {
+        write_floats(x_.dtype, results, pixels * x_.channels, to);
+      }
+    }
+  }
+
+  // Chan's merging of the chunks' moments, in order and in double, and all that follows from it.
+  void fill_coefficients(int64_t n, const Coefficients& by) const {
+    const int64_t size = x_.channels / arguments_.groups;
+    const float* weight = arguments_.weight.row(n);
+    const float* bias = arguments_.bias.row(n);
+    const float* scale = arguments_.scale.row(n);
+    const float* shift = arguments_.shift.row(n);
+    for (int64_t g = 0; g < arguments_.groups; ++g) {
+      double mean = 0.0, m2 = 0.0, count = 0.0;
+      for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
+        const Moments& part = moments_[(n * chunks_ + chunk) * arguments_.groups + g];
+        const double added = static_cast<double>(pixels_of(chunk) * size);
+        const double distance = part.mean - mean;
+        const double share = added / (count + added);
+        mean = mean + distance * share;
+        m2 = m2 + (part.m2 + distance * distance * (count * share));
+        count += added;
+      }
+      const auto inverse = static_cast<float>(1.0 / std::sqrt(m2 / count + arguments_.eps));
+      for (int64_t c = g * size; c < (g + 1) * size; ++c) {
+        const float factor = scale == nullptr ? 1.0f : 1.0f + scale[c];
+        const float gain = weight == nullptr ? inverse : inverse * weight[c];
+        const float offset = bias == nullptr ? 0.0f : bias[c];
+        by.mean[c] = static_cast<float>(mean);
+        by.gain[c] = gain * factor;
+        by.offset[c] = shift == nullptr ? offset * factor : offset * factor + shift[c];
+      }
+    }
+  }
+
+  const Pixels& x_;
+  const Arguments& arguments_;
+  char* out_;
+  int64_t chunk_, chunks_;
+  std::vector<Moments> moments_;
+};
+
+// The step between pixels if they lie evenly with dense channels, else 0.
+int64_t pixel_step(const Tensor& x) {
+  if (x.size(1) > 1 && x.stride(1) != 1) {
+    return 0;
+  }
+  int64_t step = 0;
+  int64_t expected = 0;
+  for (int64_t d = x.dim() - 1; d >= 2; --d) {
+    if (x.size(d) == 1) {
+      continue;
+    }
+    if (step == 0) {
+      step = x.stride(d);
+      expected = step;
+    } else if (x.stride(d) != expected) {
+      return 0;
+    }
+    expected *= x.size(d);
+  }
+  return step == 0 ? x.size(1) : step;
+}
+
+// (N, ..., C) as (N, C, ...), without moving anything; or back.
+Tensor channels_second(Tensor x) {
+  for (int64_t d = x.dim() - 1; d >= 2; --d) {
+    x = torch::stable::transpose(x, d - 1, d);
+  }
+  return x;
+}
+
+Tensor channels_last(Tensor x) {
+  for (int64_t d = 2; d < x.dim(); ++d) {
+    x = torch::stable::transpose(x, d - 1, d);
+  }
+  return x;
+}
+
+// Of x's shape and dtype, with channels innermost in memory.
+Tensor empty_channels_last(const Tensor& x) {
+  const int64_t dims = x.dim();
+  std::vector<int64_t> sizes(static_cast<size_t>(dims)), strides(static_cast<size_t>(dims), 1);
+  int64_t step = x.size(1);
+  for (int64_t d = dims - 1; d >= 0; --d) {
+    sizes[d] = x.size(d);
+    if (d != 1) {
+      strides[d] = step;
+      step *= std::max<int64_t>(1, x.size(d));
+    }
+  }
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  AtenTensorHandle out;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.data(), strides.data(), dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &out));
+  return Tensor(out);
+}
+
+// x: (N, C, ...) in any strides. Returns the same shape with channels innermost in memory.
+Tensor group_norm_silu(Tensor x, int64_t groups, std::optional<Tensor> weight,
+                       std::optional<Tensor> bias, double eps, std::optional<Tensor> scale,
+                       std::optional<Tensor> shift, bool silu) {
+  check_float(x, "x");
+  STD_TORCH_CHECK(x.dim() >= 3, "x: expected (N, C, ...), got ", x.dim(), " dimensions");
+  const int64_t channels = x.size(1);
+  STD_TORCH_CHECK(groups > 0 && channels % groups == 0, "groups: expected a divisor of ", channels,
+                  ", got ", groups);
+  Tensor out = empty_channels_last(x);
+  if (x.numel() > 0) {
+    if (pixel_step(x) == 0) {
+      x = channels_second(torch::stable::contiguous(channels_last(x)));
+    }
+    const Pixels pixels{static_cast<const char*>(x.const_data_ptr()),
+                        x.size(0),
+                        x.numel() / (x.size(0) * channels),
+                        channels,
+                        x.stride(0),
+                        pixel_step(x),
+                        x.scalar_type()};
+    const Arguments arguments{{weight, x, channels},
+                              {bias, x, channels},
+                              {scale, x, channels},
+                              {shift, x, channels},
+                              groups,
+                              eps,
+                              silu};
+    GroupNorm(pixels, arguments, static_cast<char*>(out.mutable_data_ptr())).run();
+  }
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(heatsink, CPU, m) {
+  m.impl("group_norm_silu", TORCH_BOX(&group_norm_silu));
+}

@@ -1,0 +1,162 @@
+// GroupNorm on one chunk of a sample's pixels, float32, channels innermost.
+//
+// Every sum has one order: a channel's even pixels, its odd pixels, then both together; then a
+// group's channels one after the other. kernels/group_norm_silu.py does the same.
+
+#pragma once
+
+#include <cmath>
+
+#include "vector_math.h"
+
+namespace {
+
+// What a chunk knows of each group.
+struct Moments {
+  float mean;
+  float m2;  // sum of squared distances from the mean
+};
+
+// Sums over pixels of (x - center)^2, or of x where there is no center, for Width vectors.
+template <int Width, bool Squared>
+HEATSINK_INLINE void sum_vectors(const float* x, int64_t stride, int64_t pixels,
+                                 const float* center, float* sums) {
+  Vector even[Width] = {};
+  Vector odd[Width] = {};
+  Vector middle[Width] = {};
+  for (int v = 0; v < Width && Squared; ++v) {
+    load_vector(center + v * kLanes, middle[v]);
+  }
+  int64_t p = 0;
+  for (; p + 1 < pixels; p += 2) {
+    for (int v = 0; v < Width; ++v) {
+      Vector first, second;
+      load_vector(x + p * stride + v * kLanes, first);
+      load_vector(x + (p + 1) * stride + v * kLanes, second);
+      if (Squared) {
+        first -= middle[v];
+        second -= middle[v];
+        first *= first;
+        second *= second;
+      }
+      even[v] += first;
+      odd[v] += second;
+    }
+  }
+  for (int v = 0; v < Width; ++v) {
+    if (p < pixels) {
+      Vector last;
+      load_vector(x + p * stride + v * kLanes, last);
+      if (Squared) {
+        last -= middle[v];
+        last *= last;
+      }
+      even[v] += last;
+    }
+    store_vector(sums + v * kLanes, even[v] + odd[v]);
+  }
+}
+
+// The same for channels that do not fill a vector.
+template <bool Squared>
+HEATSINK_INLINE void sum_channel(const float* x, int64_t stride, int64_t pixels,
+                                 const float* center, float* sums) {
+  float parts[2] = {0.0f, 0.0f};
+  for (int64_t p = 0; p < pixels; ++p) {
+    const float distance = Squared ? x[p * stride] - center[0] : x[p * stride];
+    parts[p % 2] += Squared ? distance * distance : distance;
+  }
+  sums[0] = parts[0] + parts[1];
+}
+
+template <bool Squared>
+HEATSINK_INLINE void sum_pixels(const float* x, int64_t stride, int64_t pixels, int64_t channels,
+                                const float* center, float* sums) {
+  int64_t c = 0;
+  for (; c + 2 * kLanes <= channels; c += 2 * kLanes) {
+    sum_vectors<2, Squared>(x + c, stride, pixels, center + c, sums + c);
+  }
+  for (; c + kLanes <= channels; c += kLanes) {
+    sum_vectors<1, Squared>(x + c, stride, pixels, center + c, sums + c);
+  }
+  for (; c < channels; ++c) {
+    sum_channel<Squared>(x + c, stride, pixels, center + c, sums + c);
+  }
+}
+
+// A group's channels are added in order.
+HEATSINK_INLINE float sum_group(const float* sums, int64_t size) {
+  float total = 0.0f;
+  for (int64_t j = 0; j < size; ++j) {
+    total += sums[j];
+  }
+  return total;
+}
+
+// Mean and M2 of each group of a chunk; `scratch` holds 2 * channels floats.
+HEATSINK_CLONES void chunk_moments(const float* x, int64_t stride, int64_t pixels, int64_t channels,
+                                   int64_t groups, float* scratch, Moments* moments) {
+  const int64_t size = channels / groups;
+  const float count = static_cast<float>(pixels * size);
+  float* sums = scratch;
+  float* center = scratch + channels;
+  sum_pixels<false>(x, stride, pixels, channels, center, sums);
+  for (int64_t g = 0; g < groups; ++g) {
+    moments[g].mean = sum_group(sums + g * size, size) / count;
+    for (int64_t j = 0; j < size; ++j) {
+      center[g * size + j] = moments[g].mean;
+    }
+  }
+  sum_pixels<true>(x, stride, pixels, channels, center, sums);
+  for (int64_t g = 0; g < groups; ++g) {
+    moments[g].m2 = sum_group(sums + g * size, size);
+  }
+}
+
+// Per channel: y = (x - mean) * gain + offset.
+struct Coefficients {
+  float* mean;
+  float* gain;
+  float* offset;
+};
+
+template <bool Silu, typename Float, typename Int, typename Word>
+HEATSINK_INLINE void apply_at(const float* x, const Coefficients& by, int64_t c, float* out) {
+  Float y, mean, gain, offset;
+  std::memcpy(&y, x + c, sizeof y);
+  std::memcpy(&mean, by.mean + c, sizeof y);
+  std::memcpy(&gain, by.gain + c, sizeof y);
+  std::memcpy(&offset, by.offset + c, sizeof y);
+  y = (y - mean) * gain + offset;
+  if (Silu) {
+    silu<Float, Int, Word>(y);
+  }
+  std::memcpy(out + c, &y, sizeof y);
+}
+
+// In memory's order: what the processor fetches ahead counts for more than the coefficients' loads.
+template <bool Silu>
+HEATSINK_INLINE void apply(const float* x, int64_t stride, int64_t pixels, int64_t channels,
+                           const Coefficients& by, float* out) {
+  for (int64_t p = 0; p < pixels; ++p) {
+    int64_t c = 0;
+    for (; c + kLanes <= channels; c += kLanes) {
+      apply_at<Silu, Vector, Ints, Words>(x + p * stride, by, c, out + p * channels);
+    }
+    for (; c < channels; ++c) {
+      apply_at<Silu, float, int32_t, uint32_t>(x + p * stride, by, c, out + p * channels);
+    }
+  }
+}
+
+HEATSINK_CLONES void apply_silu(const float* x, int64_t stride, int64_t pixels, int64_t channels,
+                                const Coefficients& by, float* out) {
+  apply<true>(x, stride, pixels, channels, by, out);
+}
+
+HEATSINK_CLONES void apply_affine(const float* x, int64_t stride, int64_t pixels, int64_t channels,
+                                  const Coefficients& by, float* out) {
+  apply<false>(x, stride, pixels, channels, by, out);
+}
+
+}  // namespace

@@ -1,0 +1,123 @@
+// Normalisation over a tensor's last dimension: how rows lie in memory, and their sums.
+//
+// A row's sum has one order: element i goes to lane i mod 64, in order of i; then lane j takes lane
+// j + 32, then + 16, + 8, + 4, + 2, + 1. kernels/_rows.py does the same.
+
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+
+#include "float_tensor.h"
+
+namespace {
+
+constexpr int64_t kUnrolled = 4;     // vectors summed side by side
+constexpr int64_t kRowGrain = 8192;  // values a thread should have at least
+
+template <bool Squared>
+HEATSINK_INLINE void add_vector(const float* x, float center, Vector& sum) {
+  Vector value;
+  std::memcpy(&value, x, sizeof value);
+  if (Squared) {
+    value -= center;
+    value *= value;
+  }
+  sum += value;
+}
+
+// The sum of x, or of (x - center)^2.
+template <bool Squared>
+HEATSINK_INLINE float sum_row(const float* x, int64_t width, float center) {
+  Vector sums[kUnrolled] = {};
+  int64_t c = 0;
+  for (; c + kUnrolled * kLanes <= width; c += kUnrolled * kLanes) {
+    for (int64_t v = 0; v < kUnrolled; ++v) {
+      add_vector<Squared>(x + c + v * kLanes, center, sums[v]);
+    }
+  }
+  for (int64_t v = 0; c < width; ++v, c += kLanes) {
+    float rest[kLanes];
+    for (int64_t j = 0; j < kLanes; ++j) {
+      // What is not there counts as its distance 0.
+      rest[j] = c + j < width ? x[c + j] : center;
+    }
+    add_vector<Squared>(rest, Squared ? center : 0.0f, sums[v]);
+  }
+  sums[0] += sums[2];
+  sums[1] += sums[3];
+  sums[0] += sums[1];
+  float lanes[kLanes];
+  std::memcpy(lanes, &sums[0], sizeof lanes);
+  for (int64_t width_left = kLanes / 2; width_left > 0; width_left /= 2) {
+    for (int64_t j = 0; j < width_left; ++j) {
+      lanes[j] += lanes[j + width_left];
+    }
+  }
+  return lanes[0];
+}
+
+// The step between rows if they lie evenly with a dense last dimension, else -1.
+inline int64_t row_step(const Tensor& x) {
+  const int64_t last = x.dim() - 1;
+  if (x.size(last) > 1 && x.stride(last) != 1) {
+    return -1;
+  }
+  int64_t step = -1;
+  int64_t expected = 0;
+  for (int64_t d = last - 1; d >= 0; --d) {
+    if (x.size(d) == 1) {
+      continue;
+    }
+    if (step >= 0 && x.stride(d) != expected) {
+      return -1;
+    }
+    step = step >= 0 ? step : x.stride(d);
+    expected = x.stride(d) * x.size(d);
+  }
+  return step >= 0 ? step : x.size(last);
+}
+
+// Contiguous and of x's shape.
+inline Tensor empty_rows(const Tensor& x) {
+  std::vector<int64_t> shape;
+  for (int64_t d = 0; d < x.dim(); ++d) {
+    shape.push_back(x.size(d));
+  }
+  return torch::stable::new_empty(x, {shape.data(), shape.size()}, x.scalar_type());
+}
+
+// Calls `normalise(row, values, results)` for every row: float32 in and out, whatever the dtype.
+template <typename Normalise>
+void for_each_row(Tensor x, Tensor& out, const Normalise& normalise) {
+  if (row_step(x) < 0) {
+    x = torch::stable::contiguous(x);
+  }
+  const ScalarType dtype = x.scalar_type();
+  const int64_t width = x.size(x.dim() - 1);
+  const int64_t rows = x.numel() / width;
+  const int64_t bytes = element_bytes(dtype);
+  const int64_t step = row_step(x) * bytes;
+  const char* from = static_cast<const char*>(x.const_data_ptr());
+  char* to = static_cast<char*>(out.mutable_data_ptr());
+  const int64_t grain = std::max<int64_t>(1, kRowGrain / width);
+  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(static_cast<size_t>(dtype == ScalarType::Float ? 0 : 2 * width));
+    for (int64_t row = begin; row < end; ++row) {
+      const char* source = from + row * step;
+      char* target = to + row * width * bytes;
+      if (dtype == ScalarType::Float) {
+        normalise(row, reinterpret_cast<const float*>(source), reinterpret_cast<float*>(target));
+        continue;
+      }
+      float* results = scratch.data() + width;
+      read_floats(dtype, source, width, scratch.data());
+      normalise(row, static_cast<const float*>(scratch.data()), results);
+      write_floats(dtype, results, width, target);
+    }
+  });
+}
+
+}  // namespace

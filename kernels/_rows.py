@@ -1,0 +1,80 @@
+"""Tensors as rows of their last dimension, and sums over rows in PyTorch operations.
+
+The sums are taken in the order of `csrc/row_norm.h`, operation by operation, so that both give the
+same bits: element i goes to lane i mod 64, in order of i; then lane j takes lane j + 32, and so on.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Values of a row that fit in a program's registers.
+MAX_WIDTH = 16384
+
+_LANES = 64
+
+
+def check_rows(x: Tensor, eps: float) -> None:
+    """Raise ValueError unless rows of `x` can be normalised in registers and `eps` is positive."""
+    if x.dim() == 0:
+        raise ValueError("x: expected (..., C), got a tensor without dimensions")
+    if x.shape[-1] > MAX_WIDTH:
+        raise ValueError(f"x: expected a last dimension up to {MAX_WIDTH}, got {x.shape[-1]}")
+    if not eps > 0:
+        raise ValueError(f"eps: expected a positive number, got {eps}")
+
+
+def power_of_two(count: int) -> int:
+    """The least power of two that is `count` or more."""
+    return 1 << max(0, count - 1).bit_length()
+
+
+def dense(x: Tensor | None) -> Tensor | None:
+    """A parameter with dense last dimension; a copy only where it must be."""
+    if x is None or x.stride(-1) == 1 or x.shape[-1] == 1:
+        return x
+    return x.contiguous()
+
+
+def as_grid(x: Tensor) -> Tensor:
+    """`(..., C)` as `(outer, inner, C)` with dense last dimension: a view if two strides do.
+
+    So neither a packed projection nor its heads need a copy: `(B, S, H, D)` out of
+    `(B, S, 3, H, D)` is `(B S, H, D)`.
+    """
+    width = x.shape[-1]
+    if width > 1 and x.stride(-1) != 1:
+        x = x.contiguous()
+    merged: list[list[int]] = []
+    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if merged and merged[-1][1] == size * stride:
+            merged[-1] = [merged[-1][0] * size, stride]
+        else:
+            merged.append([size, stride])
+    if len(merged) > 2:
+        return x.reshape(1, -1, width)
+    while len(merged) < 2:
+        merged.insert(0, [1, 0])
+    (outer, stride_o), (inner, stride_i) = merged
+    return x.as_strided((outer, inner, width), (stride_o, stride_i, 1))
+
+
+def sum_rows(x: Tensor) -> Tensor:
+    """`(rows, C)` float32 -> `(rows, 1)`, in the specified order."""
+    rows, width = x.shape
+    padded = torch.nn.functional.pad(x, (0, -width % _LANES)).view(rows, -1, _LANES)
+    lanes = torch.zeros(rows, _LANES, device=x.device)
+    for k in range(padded.shape[1]):
+        lanes = lanes + padded[:, k]
+    while lanes.shape[1] > 1:
+        half = lanes.shape[1] // 2
+        lanes = lanes[:, :half] + lanes[:, half:]
+    return lanes
+
+
+def inverse_root(squares: Tensor, width: int, eps: float) -> Tensor:
+    """`1 / sqrt(squares / width + eps)`, in float64 and rounded once."""
+    return (1.0 / torch.sqrt(squares.double() / float(width) + eps)).float()

@@ -1,0 +1,329 @@
+"""The body of `heatsink.kernels.attention` for any number of keys, block by block."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from heatsink.kernels.jit.attention_tiles import (
+    at,
+    biased,
+    dot,
+    load_tile,
+    share,
+    store_tile,
+    weights,
+)
+
+
+@triton.jit
+def _describe(ptr, sizes, strides, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    # A TMA descriptor of (batch, head, token, column), whatever the order in memory.
+    batches, heads, rows, columns = sizes
+    stride_b, stride_h, stride_s = strides
+    return tl.make_tensor_descriptor(
+        ptr,
+        shape=[batches, heads, rows, columns],
+        strides=[stride_b, stride_h, stride_s, 1],
+        block_shape=[1, 1, ROWS, WIDTH],
+    )
+
+
+@triton.jit
+def _load_keys(
+    source,
+    desc,
+    start,
+    rows,
+    BLOCK_N: tl.constexpr,
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    # BLOCK_N tokens of K or V from `start` on, through a descriptor where there is one.
+    ptr, stride_s, stride_d, batch, head = source
+    if desc is not None:
+        tile = desc.load([batch, head, start, FIRST]).reshape(BLOCK_N, WIDTH)
+    else:
+        ptr += tl.cast(start, tl.int64) * stride_s
+        rows -= start
+        tile = load_tile(ptr, stride_s, stride_d, rows, BLOCK_N, FIRST, WIDTH, HEAD_DIM, MASKED)
+    return tile
+
+
+@triton.jit
+def _attend(
+    state,
+    queries,
+    keys,
+    values,
+    bias,
+    descs,
+    span,
+    offs_m,
+    seq_q,
+    seq_k,
+    scale,
+    BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_A: tl.constexpr,
+    HEAD_B: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASKED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    # The keys of a span for a block of queries, the softmax rescaled block by block.
+    acc_a, acc_b, m_i, l_i = state
+    first, last = span
+    for start in range(first, last, BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        k = _load_keys(keys, descs[0], start, seq_k, BLOCK_N, 0, HEAD_A, HEAD_DIM, MASKED)
+        qk = tl.zeros([m_i.shape[0], BLOCK_N], tl.float32)
+        qk = dot(queries[0], tl.trans(k), qk, PRECISION, UPCAST)
+        if HEAD_B > 0:
+            k = _load_keys(keys, descs[1], start, seq_k, BLOCK_N, HEAD_A, HEAD_B, HEAD_DIM, MASKED)
+            qk = dot(queries[1], tl.trans(k), qk, PRECISION, UPCAST)
+        if HAS_BIAS:
+            qk = biased(qk, bias, offs_m, offs_n, seq_q, seq_k, scale)
+        if MASKED:
+            qk = tl.where(offs_n[None, :] < seq_k, qk, float("-inf"))
+            if CAUSAL:
+                qk = tl.where(offs_n[None, :] <= offs_m[:, None], qk, float("-inf"))
+        m_new = tl.maximum(m_i, tl.max(qk, 1))
+        p = weights(qk, m_new[:, None], scale, HAS_BIAS)
+        alpha = weights(m_i, m_new, scale, HAS_BIAS)
+        m_i = m_new
+        l_i = l_i * alpha + tl.sum(p, 1)
+        v = _load_keys(values, descs[2], start, seq_k, BLOCK_N, 0, HEAD_A, HEAD_DIM, MASKED)
+        p = p.to(v.dtype)
+        acc_a = dot(p, v, acc_a * alpha[:, None], PRECISION, UPCAST)
+        if HEAD_B > 0:
+            v = _load_keys(
+                values, descs[3], start, seq_k, BLOCK_N, HEAD_A, HEAD_B, HEAD_DIM, MASKED
+            )
+            acc_b = dot(p, v, acc_b * alpha[:, None], PRECISION, UPCAST)
+    return acc_a, acc_b, m_i, l_i
+
+
+@triton.jit
+def _block(
+    tile,
+    q,
+    k,
+    v,
+    bias,
+    out_ptr,
+    descs,
+    heads,
+    seq_q,
+    seq_k,
+    scale,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_A: tl.constexpr,
+    HEAD_B: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    RAGGED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    # One block of queries of one head: numbered along the queries, then heads, then samples.
+    blocks = tl.cdiv(seq_q, BLOCK_M)
+    start_m = (tile % blocks) * BLOCK_M
+    head = tile // blocks % heads
+    batch = tile // blocks // heads
+    rows = seq_q - start_m
+    start_m = tl.cast(start_m, tl.int64)
+    q_ptr = at(q[0], q[1], q[2], batch, head) + start_m * q[3]
+    q_a = load_tile(q_ptr, q[3], q[4], rows, BLOCK_M, 0, HEAD_A, HEAD_DIM, True)
+    q_b = q_a
+    if HEAD_B > 0:
+        q_b = load_tile(q_ptr, q[3], q[4], rows, BLOCK_M, HEAD_A, HEAD_B, HEAD_DIM, True)
+    queries = (q_a, q_b)
+    keys = (at(k[0], k[1], k[2], batch, head), k[3], k[4], batch, head)
+    values = (at(v[0], v[1], v[2], batch, head), v[3], v[4], batch, head)
+    if HAS_BIAS:
+        bias = (at(bias[0], bias[1], bias[2], batch, head), bias[3], bias[4])
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    acc_a = tl.zeros([BLOCK_M, HEAD_A], tl.float32)
+    acc_b = acc_a
+    if HEAD_B > 0:
+        acc_b = tl.zeros([BLOCK_M, HEAD_B], tl.float32)
+    state = (acc_a, acc_b, m_i, l_i)
+    # Blocks whose every key every query sees need no mask.
+    whole = seq_k // BLOCK_N * BLOCK_N
+    last = seq_k
+    if CAUSAL:
+        whole = tl.minimum(whole, (start_m + 1).to(tl.int32) // BLOCK_N * BLOCK_N)
+        last = tl.minimum(seq_k, start_m.to(tl.int32) + BLOCK_M)
+    state = _attend(
+        state,
+        queries,
+        keys,
+        values,
+        bias,
+        descs,
+        (0, whole),
+        offs_m,
+        seq_q,
+        seq_k,
+        scale,
+        BLOCK_N,
+        HEAD_DIM,
+        HEAD_A,
+        HEAD_B,
+        CAUSAL,
+        False,
+        HAS_BIAS,
+        PRECISION,
+        UPCAST,
+    )
+    if CAUSAL or RAGGED:
+        state = _attend(
+            state,
+            queries,
+            keys,
+            values,
+            bias,
+            descs,
+            (whole, last),
+            offs_m,
+            seq_q,
+            seq_k,
+            scale,
+            BLOCK_N,
+            HEAD_DIM,
+            HEAD_A,
+            HEAD_B,
+            CAUSAL,
+            True,
+            HAS_BIAS,
+            PRECISION,
+            UPCAST,
+        )
+    acc_a, acc_b, m_i, l_i = state
+
+    width = heads * HEAD_DIM
+    out_ptr += (tl.cast(batch, tl.int64) * seq_q + start_m) * width + head * HEAD_DIM
+    store_tile(out_ptr, share(acc_a, l_i, HAS_BIAS), width, rows, BLOCK_M, 0, HEAD_A, HEAD_DIM)
+    if HEAD_B > 0:
+        acc_b = share(acc_b, l_i, HAS_BIAS)
+        store_tile(out_ptr, acc_b, width, rows, BLOCK_M, HEAD_A, HEAD_B, HEAD_DIM)
+
+
+@triton.jit(do_not_specialize=["batches", "heads", "seq_q", "seq_k"])
+def _attention_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    bias_ptr,
+    out_ptr,
+    batches,
+    heads,
+    seq_q,
+    seq_k,
+    scale,
+    stride_qb,
+    stride_qh,
+    stride_qm,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_kd,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_vd,
+    stride_bb,
+    stride_bh,
+    stride_bm,
+    stride_bn,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_A: tl.constexpr,
+    HEAD_B: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    RAGGED: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    q = (q_ptr, stride_qb, stride_qh, stride_qm, stride_qd)
+    k = (k_ptr, stride_kb, stride_kh, stride_kn, stride_kd)
+    v = (v_ptr, stride_vb, stride_vh, stride_vn, stride_vd)
+    bias = (bias_ptr, stride_bb, stride_bh, stride_bm, stride_bn)
+    descs = (None, None, None, None)
+    if TMA:
+        sizes = (batches, heads, seq_k, HEAD_DIM)
+        k_strides = (stride_kb, stride_kh, stride_kn)
+        v_strides = (stride_vb, stride_vh, stride_vn)
+        desc_k = _describe(k_ptr, sizes, k_strides, BLOCK_N, HEAD_A)
+        desc_v = _describe(v_ptr, sizes, v_strides, BLOCK_N, HEAD_A)
+        if HEAD_B > 0:
+            desc_kb = _describe(k_ptr, sizes, k_strides, BLOCK_N, HEAD_B)
+            desc_vb = _describe(v_ptr, sizes, v_strides, BLOCK_N, HEAD_B)
+            descs = (desc_k, desc_kb, desc_v, desc_vb)
+        else:
+            descs = (desc_k, None, desc_v, None)
+    if PROGRAMS > 0:
+        tiles = tl.cdiv(seq_q, BLOCK_M) * heads * batches
+        for tile in range(tl.program_id(0), tiles, PROGRAMS):
+            _block(
+                tile,
+                q,
+                k,
+                v,
+                bias,
+                out_ptr,
+                descs,
+                heads,
+                seq_q,
+                seq_k,
+                scale,
+                BLOCK_M,
+                BLOCK_N,
+                HEAD_DIM,
+                HEAD_A,
+                HEAD_B,
+                HAS_BIAS,
+                CAUSAL,
+                RAGGED,
+                PRECISION,
+                UPCAST,
+            )
+    else:
+        _block(
+            tl.program_id(0),
+            q,
+            k,
+            v,
+            bias,
+            out_ptr,
+            descs,
+            heads,
+            seq_q,
+            seq_k,
+            scale,
+            BLOCK_M,
+            BLOCK_N,
+            HEAD_DIM,
+            HEAD_A,
+            HEAD_B,
+            HAS_BIAS,
+            CAUSAL,
+            RAGGED,
+            PRECISION,
+            UPCAST,
+        )
