@@ -234,7 +234,7 @@ def _race(
         for config in entrants:
             outputs, launches = group.op.plan(config, **opened.inputs)
             run(launches)
-            check(group.op, tensors(outputs), opened.expected)
+            check(group.op, group.key, tensors(outputs), opened.expected)
             plans.append(launches)
         for place, value in enumerate(timer(plans, rounds)):
             seconds[place][opened.name] = value

@@ -60,7 +60,7 @@ def _time(seconds: Spread) -> str:
 
 def _rate(cost: Cost, seconds: Spread) -> str:
     if cost.flops:
-        return f"{cost.flops / seconds.median / 1e12:.0f} TFLOP/s"
+        return f"{sum(cost.flops.values()) / seconds.median / 1e12:.0f} TFLOP/s"
     return f"{cost.bytes / seconds.median / 1e9:.0f} GB/s"
 
 

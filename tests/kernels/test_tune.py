@@ -13,13 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from heatsink.kernels import _config, silu_mul, tune, tuning_file, tuning_gate
+from heatsink.kernels import _config, tune, tuning_file, tuning_gate
 from heatsink.kernels._config import Config, Target
 from heatsink.kernels._launch import Launch
 from heatsink.kernels._op import Case, Inputs, Op, normal
 from heatsink.kernels.catalog import ops
 from heatsink.kernels.errors import DeviceLost, MissingDevice
 from heatsink.kernels.silu_mul import OP
+from heatsink.kernels.silu_mul import plan as plan_silu_mul
 
 CPU = torch.device("cpu")
 SM80 = Target("", 80)
@@ -123,7 +124,7 @@ def test_what_cannot_be_compiled_is_skipped_with_its_reason() -> None:
     def plan(config: Config, gate: Tensor, up: Tensor) -> Any:
         if config == NARROW:
             raise RuntimeError("out of resource: shared memory")
-        return silu_mul.plan(config, gate, up)
+        return plan_silu_mul(config, gate, up)
 
     first, _ = tuned(small(plan=plan), by_block(w1024=2.0, w256=1.9))
     assert first.config == WIDE
@@ -133,7 +134,7 @@ def test_what_cannot_be_compiled_is_skipped_with_its_reason() -> None:
 
 def test_a_wrong_result_is_never_chosen_however_fast() -> None:
     def plan(config: Config, gate: Tensor, up: Tensor) -> Any:
-        return silu_mul.plan(config, gate, up * 1.001 if config == NARROW else up)
+        return plan_silu_mul(config, gate, up * 1.001 if config == NARROW else up)
 
     first, _ = tuned(small(plan=plan), by_block(w1024=2.0, w256=1.9, w64=0.1))
     assert first.config == WIDE
@@ -144,7 +145,7 @@ def test_a_default_that_fails_leaves_its_key_alone_and_the_next_is_tuned() -> No
     def plan(config: Config, gate: Tensor, up: Tensor) -> Any:
         if gate.shape[-1] == 96:
             raise ValueError("no")
-        return silu_mul.plan(config, gate, up)
+        return plan_silu_mul(config, gate, up)
 
     first, second = tuned(small(plan=plan), by_block(w1024=2.0, w256=1.5, w64=1.0))
     assert first.error == "the default configuration: ValueError: no"
@@ -153,7 +154,7 @@ def test_a_default_that_fails_leaves_its_key_alone_and_the_next_is_tuned() -> No
 
 def test_a_fault_of_the_tuner_itself_is_not_taken_for_a_configuration_that_fails() -> None:
     def plan(config: Config, gate: Tensor, up: Tensor) -> Any:
-        return silu_mul.plan({"BLOCK_R": 1} if config == NARROW else config, gate, up)
+        return plan_silu_mul({"BLOCK_R": 1} if config == NARROW else config, gate, up)
 
     with pytest.raises(KeyError, match="BLOCK_W"):
         tuned(small(plan=plan), by_block(w1024=2.0, w256=1.9))
@@ -176,25 +177,27 @@ def test_bits_that_are_specified_are_compared_as_bits() -> None:
     exact = small(kernels=tuple(dataclasses.replace(k, fusion=False) for k in OP.kernels))
     x = torch.tensor([1.0, 2.0])
     near = torch.nextafter(x, torch.tensor(3.0))
-    tuning_gate.check(OP, [near], [x])
+    tuning_gate.check(OP, {}, [near], [x])
     with pytest.raises(tuning_gate.WrongResult, match="other bits"):
-        tuning_gate.check(exact, [near], [x])
+        tuning_gate.check(exact, {}, [near], [x])
     with pytest.raises(tuning_gate.WrongResult, match="other bits"):
-        tuning_gate.check(OP, [torch.tensor([1])], [torch.tensor([2])])
+        tuning_gate.check(OP, {}, [torch.tensor([1])], [torch.tensor([2])])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_result_that_is_not_finite_is_wrong(value: float) -> None:
     with pytest.raises(tuning_gate.WrongResult, match="differs"):
-        tuning_gate.check(OP, [torch.tensor([value, 1.0])], [torch.tensor([1.0, 1.0])])
+        tuning_gate.check(OP, {}, [torch.tensor([value, 1.0])], [torch.tensor([1.0, 1.0])])
 
 
 def test_quantised_ops_have_a_budget_in_the_norm() -> None:
     op = small(name="attention_fp8")
     x = torch.ones(100)
-    tuning_gate.check(op, [x * 1.03], [x])
-    with pytest.raises(tuning_gate.WrongResult, match="differs"):
-        tuning_gate.check(op, [x * 1.05], [x])
+    tuning_gate.check(op, {"pure": 0}, [x * 1.03], [x])
+    tuning_gate.check(op, {"pure": 1}, [x * 1.13], [x])
+    for pure, factor in ((0, 1.05), (1, 1.15)):
+        with pytest.raises(tuning_gate.WrongResult, match="differs"):
+            tuning_gate.check(op, {"pure": pure}, [x * factor], [x])
 
 
 def test_nothing_is_timed_without_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
