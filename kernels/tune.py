@@ -8,9 +8,10 @@ is data for `configs/<device>.json` (`tuning_file` makes it), which `_config.loo
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,8 @@ Timer = Callable[[Sequence[Sequence[Launch]], int], list[float]]
 QUICK_ROUNDS = 10
 FINAL_ROUNDS = 50
 FINALISTS = 4
+# Configurations that are compiled ahead together.
+CHUNK = 32
 # A configuration must beat the default by this, or the default stays: less is noise.
 MARGIN = 0.02
 
@@ -130,6 +133,7 @@ def tune(
     timer: Timer,
     *,
     deadline: float,
+    prepare: Callable[[Sequence[Launch]], None] = lambda launches: None,
     chosen: Callable[[Choice], None] = lambda choice: None,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> list[Choice]:
@@ -142,6 +146,7 @@ def tune(
         device: where inputs are made and kernels run.
         timer: times launches.
         deadline: a reading of `time.monotonic`.
+        prepare: called with launches, without memory, that will be tried soon.
         chosen: called with each choice as it is made.
         progress: called with (what, done, total).
 
@@ -158,7 +163,7 @@ def tune(
         if left <= 0:
             break
         until = time.monotonic() + left / (len(found) - place)
-        choice = _tune_group(group, device, timer, until)
+        choice = _tune_group(group, device, timer, prepare, until)
         choices.append(choice)
         chosen(choice)
     progress("tuning", len(found), len(found))
@@ -177,7 +182,13 @@ class _Case:
 Race = list[tuple[float, dict[str, float]]]
 
 
-def _tune_group(group: Group, device: torch.device, timer: Timer, until: float) -> Choice:
+def _tune_group(
+    group: Group,
+    device: torch.device,
+    timer: Timer,
+    prepare: Callable[[Sequence[Launch]], None],
+    until: float,
+) -> Choice:
     choice = Choice(group.op.name, group.key, group.default, group.default)
     try:
         cases = [_open_case(group, case, device) for case in group.cases]
@@ -186,7 +197,9 @@ def _tune_group(group: Group, device: torch.device, timer: Timer, until: float) 
         choice.error = f"the default configuration: {one_line(error)}"
         return choice
     scored: list[tuple[float, Config]] = []
-    for config in group.others:
+    for place, config in enumerate(group.others):
+        if place % CHUNK == 0:
+            prepare(list(_launches(group, group.others[place : place + CHUNK])))
         if time.monotonic() >= until:
             choice.complete = False
             break
@@ -206,6 +219,15 @@ def _tune_group(group: Group, device: torch.device, timer: Timer, until: float) 
     choice.config = [group.default, *finalists][best]
     choice.seconds, choice.default_seconds = race[best][1], race[0][1]
     return choice
+
+
+def _launches(group: Group, configs: Sequence[Config]) -> Iterator[Launch]:
+    """What configurations launch, on the meta device; those that can't be planned are left out."""
+    for case in group.cases:
+        inputs = case.make(torch.device("meta"))
+        for config in configs:
+            with contextlib.suppress(*failures()):
+                yield from group.op.plan(config, **inputs)[1]
 
 
 def _open_case(group: Group, case: Case, device: torch.device) -> _Case:

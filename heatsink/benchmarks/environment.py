@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import platform
 import subprocess
 from importlib import metadata
@@ -37,6 +38,9 @@ def environment() -> dict[str, Any]:
         "left_out": left_out,
         "processor": processor(),
         "threads": torch.get_num_threads(),
+        "processors": len(os.sched_getaffinity(0)),
+        # Of the last minute, before anything is measured: what else the machine does.
+        "load": round(os.getloadavg()[0], 2),
         **_cuda(),
     }
 

@@ -78,8 +78,12 @@ class Run:
         )
 
     def notes(self) -> list[str]:
-        """What is not in the table, and why."""
-        return report.notes(self.ordered(), self.plan.left_out, self.unreached())
+        """What a reader of the table must know: what is not in it and why, and a busy machine."""
+        lines = report.notes(self.ordered(), self.plan.left_out, self.unreached())
+        load, processors = self.environment["load"], self.environment["processors"]
+        if self.device.type == "cpu" and load > processors:
+            lines.append(f"the machine was busy: a load of {load:g} on {processors} processors")
+        return lines
 
 
 def pick_device(name: str) -> torch.device:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from heatsink import cli
-from heatsink.benchmarks import bundled, check, families, gates, kernels, report
+from heatsink.benchmarks import bundled, check, families, gates, kernels, kernels_run, report
 from heatsink.benchmarks.family import (
     Cost,
     Family,
@@ -213,6 +213,14 @@ def test_notes_say_once_what_is_left_out_everywhere() -> None:
         "op left out: why",
         "not reached, the time was up: attention late",
     ]
+
+
+@pytest.mark.parametrize(("load", "busy"), [(2.5, True), (2.0, False)])
+def test_a_busy_machine_is_noted(load: float, busy: bool) -> None:
+    environment = {"load": load, "processors": 2}
+    run = kernels_run.Run(CPU, environment, 1, kernels.Plan(), None, [])
+    note = "the machine was busy: a load of 2.5 on 2 processors"
+    assert run.notes() == ([note] if busy else [])
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> int:

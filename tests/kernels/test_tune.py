@@ -19,6 +19,7 @@ from heatsink.kernels._launch import Launch
 from heatsink.kernels._op import Case, Inputs, Op, normal
 from heatsink.kernels.catalog import ops
 from heatsink.kernels.errors import DeviceLost, MissingDevice
+from heatsink.kernels.precompile import precompile
 from heatsink.kernels.silu_mul import OP
 from heatsink.kernels.silu_mul import plan as plan_silu_mul
 
@@ -160,6 +161,32 @@ def test_a_fault_of_the_tuner_itself_is_not_taken_for_a_configuration_that_fails
         tuned(small(plan=plan), by_block(w1024=2.0, w256=1.9))
 
 
+def test_what_will_be_tried_is_prepared_before_without_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tune, "CHUNK", 2)
+    events: list[tuple[str, int]] = []
+
+    def prepare(launches: Sequence[Launch]) -> None:
+        for launch in launches:
+            out = launch.args["out_ptr"]
+            assert isinstance(out, Tensor)
+            assert out.device.type == "meta"
+            events.append(("prepared", launch.constants["BLOCK_W"]))
+
+    def cost(launch: Launch) -> float:
+        events.append(("timed", launch.constants["BLOCK_W"]))
+        return 1.0
+
+    many = [{"BLOCK_R": 1, "BLOCK_W": 2**n, "warps": 4} for n in (5, 6, 7)]
+    found, _ = tune.groups([small(many, cases=(case("one", 2, 96),))], SM80)
+    deadline = time.monotonic() + 60
+    tune.tune(found, CPU, stopwatch(cost), deadline=deadline, prepare=prepare)
+    assert [width for what, width in events if what == "prepared"] == [32, 64, 128]
+    assert events.index(("timed", 32)) > events.index(("prepared", 64))
+    assert events.index(("timed", 64)) < events.index(("prepared", 128))
+
+
 def test_time_is_shared_and_what_is_not_reached_is_missing() -> None:
     assert tuned(small(), by_block(w1024=2.0, w256=1.9, w64=1.0), seconds=0) == []
 
@@ -268,7 +295,8 @@ def test_what_could_not_be_tuned_leaves_the_file_as_it_was() -> None:
 
 @pytest.mark.parametrize("arch", [80, 89, 90, 100, 120])
 def test_every_case_has_a_default_of_a_kind_that_its_space_has(arch: int) -> None:
-    found, _ = tune.groups(ops().values(), Target("", arch))
+    found, left_out = tune.groups(ops().values(), Target("", arch))
+    assert [reason for reason in left_out if "no kernel for" not in reason] == []
     assert {group.op.name for group in found} >= {"silu_mul"}
     for group in found:
         assert group.others, f"{group.op.name} {group.key}: nothing to try"
@@ -281,6 +309,7 @@ def test_tuning_on_the_device() -> None:
     device, target = tune.cuda_target()
     found, _ = tune.groups([small()], target)
     timer = tune.device_timer(device)
-    choices = tune.tune(found, device, timer, deadline=time.monotonic() + 60)
+    deadline = time.monotonic() + 60
+    choices = tune.tune(found, device, timer, deadline=deadline, prepare=precompile)
     assert [c.error for c in choices] == ["", ""]
     assert all(value > 0 for c in choices for value in c.seconds.values())
