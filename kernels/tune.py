@@ -197,9 +197,10 @@ def _tune_group(
         choice.error = f"the default configuration: {one_line(error)}"
         return choice
     scored: list[tuple[float, Config]] = []
-    for place, config in enumerate(group.others):
+    others = distinct(group)
+    for place, config in enumerate(others):
         if place % CHUNK == 0:
-            prepare(list(_launches(group, group.others[place : place + CHUNK])))
+            prepare(list(_launches(group, others[place : place + CHUNK])))
         if time.monotonic() >= until:
             choice.complete = False
             break
@@ -219,6 +220,25 @@ def _tune_group(
     choice.config = [group.default, *finalists][best]
     choice.seconds, choice.default_seconds = race[best][1], race[0][1]
     return choice
+
+
+def distinct(group: Group) -> list[Config]:
+    """The group's other configurations, without those that launch what an earlier one does."""
+    seen = {_signature(group, group.default)}
+    kept = []
+    for config in group.others:
+        signature = _signature(group, config)
+        # What can't be planned is kept: trying it gives the reason.
+        if signature is None or signature not in seen:
+            kept.append(config)
+        seen.add(signature)
+    return kept
+
+
+def _signature(group: Group, config: Config) -> tuple[object, ...] | None:
+    """What a configuration launches for the group's cases; None where it can't be planned."""
+    launches = list(_launches(group, [config]))
+    return tuple((one.key(), one.grid) for one in launches) or None
 
 
 def _launches(group: Group, configs: Sequence[Config]) -> Iterator[Launch]:

@@ -294,14 +294,32 @@ def test_what_could_not_be_tuned_leaves_the_file_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("arch", [80, 89, 90, 100, 120])
-def test_every_case_has_a_default_of_a_kind_that_its_space_has(arch: int) -> None:
+def test_every_case_has_a_default_and_something_to_try_against_it(arch: int) -> None:
     found, left_out = tune.groups(ops().values(), Target("", arch))
     assert [reason for reason in left_out if "no kernel for" not in reason] == []
     assert {group.op.name for group in found} >= {"silu_mul"}
+    meta = torch.device("meta")
     for group in found:
         assert group.others, f"{group.op.name} {group.key}: nothing to try"
-        kinds = {frozenset(config) for config in group.others}
-        assert frozenset(group.default) in kinds, f"{group.op.name} {group.key}"
+        for config in (group.default, group.others[0], group.others[-1]):
+            _, launches = group.op.plan(config, **group.cases[0].make(meta))
+            assert launches, f"{group.op.name} {group.key} {config}"
+
+
+def test_configurations_that_launch_the_same_are_tried_once() -> None:
+    default = _config.lookup("silu_mul", {"width": 96}, SM80)
+    same = [{**config, "UNUSED": 1} for config in (default, WIDE)]
+    (group, _), _ = tune.groups([small([WIDE, NARROW, *same])], SM80)
+    assert tune.distinct(group) == [WIDE, NARROW]
+    broken = {"BLOCK_R": 1, "BLOCK_W": 0, "warps": 4}
+
+    def plan(config: Config, gate: Tensor, up: Tensor) -> Any:
+        if config == broken:
+            raise ValueError("no")
+        return plan_silu_mul(config, gate, up)
+
+    (group, _), _ = tune.groups([small([broken, WIDE], plan=plan)], SM80)
+    assert tune.distinct(group) == [broken, WIDE]
 
 
 @pytest.mark.gpu
