@@ -139,7 +139,8 @@ def tune(
 ) -> list[Choice]:
     """Choose a configuration for every group that the time allows.
 
-    Each group may spend an equal part of the time that is left when its turn comes.
+    Each group may spend a part of the time that is left when its turn comes: parts are as the
+    square roots of how many configurations the groups try, between equal and proportional.
 
     Args:
         found: from `groups`.
@@ -157,12 +158,13 @@ def tune(
         DeviceLost: if a kernel's failure took the device with it; nothing can be tried after it.
     """
     choices = []
+    weights = [math.sqrt(1 + len(group.others)) for group in found]
     for place, group in enumerate(found):
         progress("tuning", place, len(found))
         left = deadline - time.monotonic()
         if left <= 0:
             break
-        until = time.monotonic() + left / (len(found) - place)
+        until = time.monotonic() + left * weights[place] / sum(weights[place:])
         choice = _tune_group(group, device, timer, prepare, until)
         choices.append(choice)
         chosen(choice)
@@ -223,7 +225,11 @@ def _tune_group(
 
 
 def distinct(group: Group) -> list[Config]:
-    """The group's other configurations, without those that launch what an earlier one does."""
+    """The group's other configurations, without those that launch what an earlier one does.
+
+    Those that differ from the default in the fewest parameters come first: a limit on time then
+    leaves the default's neighbourhood searched, not a corner of the space.
+    """
     seen = {_signature(group, group.default)}
     kept = []
     for config in group.others:
@@ -232,7 +238,12 @@ def distinct(group: Group) -> list[Config]:
         if signature is None or signature not in seen:
             kept.append(config)
         seen.add(signature)
-    return kept
+    return sorted(kept, key=lambda config: _distance(config, group.default))
+
+
+def _distance(config: Config, default: Config) -> int:
+    """In how many parameters two configurations differ."""
+    return len({name for name, _ in config.items() ^ default.items()})
 
 
 def _signature(group: Group, config: Config) -> tuple[object, ...] | None:

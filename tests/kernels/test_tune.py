@@ -322,6 +322,14 @@ def test_configurations_that_launch_the_same_are_tried_once() -> None:
     assert tune.distinct(group) == [broken, WIDE]
 
 
+def test_neighbours_of_the_default_are_tried_first() -> None:
+    default = _config.lookup("silu_mul", {"width": 96}, SM80)
+    far = {"BLOCK_R": 2, "BLOCK_W": 64, "warps": 8}
+    near = {**default, "warps": 8}
+    (group, _), _ = tune.groups([small([far, NARROW, near])], SM80)
+    assert tune.distinct(group) == [near, NARROW, far]
+
+
 @pytest.mark.gpu
 def test_tuning_on_the_device() -> None:
     device, target = tune.cuda_target()
