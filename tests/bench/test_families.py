@@ -13,6 +13,7 @@ from heatsink.benchmarks.ceilings import Ceilings
 from heatsink.benchmarks.family import Cost, Variant, compulsory_bytes, eager_variant
 from heatsink.kernels import noise
 from heatsink.kernels._op import Inputs
+from heatsink.kernels.catalog import ops
 from heatsink.kernels.fingerprint import fingerprint
 
 CPU = torch.device("cpu")
@@ -188,3 +189,7 @@ def test_the_noise_and_digest_are_the_packages_own() -> None:
     expected = [hashlib.sha256(row.tobytes()).hexdigest() for row in x.numpy()]
     assert host.prepare({"x": x})() == expected
     assert not host.comparable
+
+
+def test_every_op_has_something_to_be_compared_with() -> None:
+    assert set(ops()) <= set(families.FAMILIES)
