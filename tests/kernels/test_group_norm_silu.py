@@ -206,6 +206,26 @@ def test_launches(shape: tuple[int, ...], groups: int, launches: int) -> None:
     assert names == [f"group_norm_{name}" for name in (whole if launches == 1 else chunked)]
 
 
+@pytest.mark.parametrize("whole", [1, 0], ids=["whole", "chunked"])
+@pytest.mark.parametrize("channels", [48, 30])
+def test_one_binary_wherever_a_sample_lies(channels: int, whole: int, seed: int) -> None:
+    # The order of a GPU's sums follows from what a kernel is specialised for.
+    config = {"WHOLE": whole, "CHUNK": 32, "BLOCK_P": 16, "BLOCK_C": 32, "BLOCK_K": 2, "warps": 4}
+
+    def keys(given: dict[str, Any]) -> list[str]:
+        return [launch.key() for launch in module.plan(config, groups=6, **given)[1]]
+
+    given = make((3, channels, 7, 5), torch.float16, seed)
+    shared = {"weight": given["weight"], "bias": given["bias"]}
+    rows = {name: given[name] for name in ("x", "scale", "shift")}
+    expected = keys(given)
+    for i in range(3):
+        assert keys(shared | {name: value[i : i + 1] for name, value in rows.items()}) == expected
+    wide = torch.cat([rows["x"], rows["x"]], dim=1)
+    for x in (wide[:, :channels], wide[:, channels:], rows["x"].contiguous()):
+        assert keys(shared | rows | {"x": x}) == expected
+
+
 def test_pixels_too_far_apart_for_32_bits_are_moved_together() -> None:
     # No machine has this tensor: the meta device lends its strides.
     x = torch.empty_strided((1, 40, 1, 3), (2**33, 1, 2**33, 2**30), device="meta")

@@ -152,6 +152,25 @@ def test_rows_are_exact(run: Run, modulated: bool, seed: int, row_exact: Any) ->
     row_exact(run, arguments, rows=("x", "scale", "shift"))
 
 
+@pytest.mark.parametrize("width", [48, 30])
+def test_one_binary_wherever_a_sample_lies(width: int, seed: int) -> None:
+    # The order of a GPU's sums follows from what a kernel is specialised for.
+    config = {"BLOCK_R": 1, "warps": 4}
+
+    def key(given: dict[str, Any]) -> str:
+        (launch,) = module.plan(config, **given)[1]
+        return launch.key()
+
+    given = make((3, 7, 5, width), torch.float16, seed)
+    rows = {name: given[name] for name in ("x", "scale", "shift")}
+    expected = key(given)
+    for i in range(3):
+        assert key(given | {name: value[i : i + 1] for name, value in rows.items()}) == expected
+    wide = torch.cat([rows["x"], rows["x"]], dim=-1)
+    for x in (wide[..., :width], wide[..., width:], rows["x"].mT.contiguous().mT):
+        assert key(given | {"x": x}) == expected
+
+
 @pytest.mark.skipif(not _native.available(), reason="there is no extension to compare with")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_extension_gives_the_bits_of_pytorch(dtype: torch.dtype, seed: int) -> None:
