@@ -98,6 +98,15 @@ def test_opcheck_and_compile(seed: int) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_on_a_gpu(dtype: torch.dtype, seed: int, within_budget: Any, float64: Any) -> None:
+    gate, up = packed((2, 77, 1280), dtype, seed)
+    plain = torch.nn.functional.silu(gate) * up
+    out = silu_mul(gate.cuda(), up.cuda()).cpu()
+    within_budget(out, plain, reference.silu_mul(float64(gate), float64(up)))
+
+
+@pytest.mark.gpu
 def test_in_a_cuda_graph(seed: int) -> None:
     gate, up = (x.cuda() for x in packed((3, 7, 640), torch.float16, seed))
     expected = silu_mul(gate, up)
