@@ -84,7 +84,9 @@ def attention(
     check_heads(q, k, v)
     scale = check_scale(scale, q.shape[-1])
     if bias is not None:
-        check_bias(bias, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
+        shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+        check_bias(bias, shape)
+        bias = bias.expand(shape)
     if q.numel() == 0 or k.numel() == 0:
         return q.new_zeros(q.shape)
     out: Tensor = torch.ops.heatsink.attention(q, k, v, scale, causal, bias)
@@ -193,7 +195,8 @@ def _attention_triton(
 def _attention_torch(
     q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, bias: Tensor | None
 ) -> Tensor:
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    # Dense, because its bits depend on strides.
+    q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
     out: Tensor = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=bias, is_causal=causal, scale=scale
     )
