@@ -50,6 +50,11 @@ def test_table_is_of_the_cases_there_are() -> None:
     assert set(table.rows) == uses_of_all(OPS, ARCHS, table)
 
 
+def test_what_spills_says_why() -> None:
+    rows = Table.read().rows
+    assert [name for name, row in rows.items() if row.spill_bytes and not row.reason] == []
+
+
 def test_table_is_written_as_it_is_read(tmp_path: Path) -> None:
     table = Table.read()
     assert table.rows
