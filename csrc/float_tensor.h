@@ -8,7 +8,7 @@
 #include <optional>
 #include <vector>
 
-#include "vector_math.h"
+#include "float16.h"
 
 namespace {
 

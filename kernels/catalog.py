@@ -8,9 +8,14 @@ from heatsink.kernels._op import Op
 
 # Modules of this package, each with an `OP`.
 MODULES = (
+    "attention",
+    "attention_fp8",
+    "fingerprint",
     "geglu",
     "group_norm_silu",
+    "guided_step",
     "layer_norm",
+    "noise",
     "rms_norm",
     "rotary",
     "silu_mul",

@@ -7,8 +7,8 @@
 so it may be taken in any order and by any number of threads. docs/fingerprint.md specifies `key`
 and `word`, states what the digest detects, and has test vectors.
 
-dtypes: float16, bfloat16, float32, float64, int32, int64, uint8, bool. CPU: C++, or the PyTorch
-implementation here, which also serves every other device.
+dtypes: float16, bfloat16, float32, float64, int32, int64, uint8, bool. CUDA: Triton; CPU: C++, or
+the PyTorch implementation here, which also serves every other device.
 """
 
 from __future__ import annotations
@@ -19,6 +19,11 @@ import torch
 from torch import Tensor
 
 from heatsink.kernels import _native
+from heatsink.kernels._config import Config, Key, lookup, target_of
+from heatsink.kernels._launch import Kernel, Launch, run
+from heatsink.kernels._op import Case, Inputs, Op, normal
+
+KERNEL = Kernel("fingerprint", module="fingerprint", plain=("rows", "tiles"), fusion=False)
 
 FINGERPRINT_VERSION = 1
 MAX_ROW_ELEMENTS = 2**31 - 1
@@ -37,6 +42,18 @@ _FLOATS = {
 _UNSIGNED_MASK = {torch.int16: 0xFFFF, torch.int32: _MASK32, torch.int64: -1}
 _MAGNITUDE_MASK = {torch.int16: 0x7FFF, torch.int32: 0x7FFFFFFF, torch.int64: 2**63 - 1}
 _INTEGERS = {torch.int32: _MASK32, torch.int64: -1, torch.uint8: 0xFF, torch.bool: 0x1}
+
+# dtype -> what the kernel reads it as, and what it calls it
+_READ_AS = {
+    torch.float16: (torch.int16, "fp16"),
+    torch.bfloat16: (torch.int16, "bf16"),
+    torch.float32: (torch.int32, "fp32"),
+    torch.float64: (torch.int64, "fp64"),
+    torch.int32: (torch.int32, "int"),
+    torch.int64: (torch.int64, "int"),
+    torch.uint8: (torch.uint8, "uint"),
+    torch.bool: (torch.uint8, "uint"),
+}
 
 
 class Fingerprint(NamedTuple):
@@ -161,6 +178,70 @@ def _fingerprint_torch(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return _float_row(flat) if flat.dtype in _FLOATS else _integer_row(flat)
 
 
+def key(x: Tensor) -> Key:
+    """What the configuration depends on."""
+    return {"count": x.shape[1:].numel(), "bytes": x.element_size()}
+
+
+def plan(config: Config, x: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], list[Launch]]:
+    """The outputs, which start at 0, and the launch that adds to them."""
+    rows, count = x.shape[0], x.shape[1:].numel()
+    digest = torch.zeros(rows, dtype=torch.int64, device=x.device)
+    nonfinite = torch.zeros_like(digest)
+    absmax = torch.zeros(rows, dtype=torch.float32, device=x.device)
+    inside = _channels_inside(x)
+    integers, form = _READ_AS[x.dtype]
+    _, infinity, quiet_nan = _FLOATS.get(x.dtype, (None, 0, 0))
+    x = (x if inside or _row_contiguous(x) else x.contiguous()).view(integers)
+    # Rows share keys; sums of integers do not show how many did.
+    together = min(config["ROWS"], 1 << max(rows - 1, 0).bit_length())
+    tiles = -(-count // (config["BLOCK"] * config["STEPS"]))
+    launch = Launch(
+        KERNEL,
+        grid=(-(-rows // together) * tiles, 1, 1),
+        args={
+            "x_ptr": x,
+            "digest_ptr": digest,
+            "nonfinite_ptr": nonfinite,
+            "absmax_ptr": absmax.view(torch.int32),
+            "rows": rows,
+            "count": count,
+            "tiles": tiles,
+            "channels": x.shape[1] if inside else 1,
+            "stride_xr": x.stride(0),
+        },
+        constants={
+            "FORMAT": form,
+            "INFINITY": infinity,
+            "QUIET_NAN": quiet_nan,
+            "CHANNELS_INSIDE": inside,
+            "ROWS": together,
+            "BLOCK": config["BLOCK"],
+            "STEPS": config["STEPS"],
+        },
+        warps=config["warps"],
+        stages=1,
+    )
+    return (digest, nonfinite, absmax), [launch]
+
+
+def _row_contiguous(x: Tensor) -> bool:
+    return x.numel() == 0 or x[0].is_contiguous()
+
+
+def _channels_inside(x: Tensor) -> bool:
+    """Whether a row is dense with its first dimension innermost, as in channels_last."""
+    if x.dim() < 3 or _row_contiguous(x):
+        return False
+    return x[0].movedim(0, -1).is_contiguous()
+
+
+def _fingerprint_triton(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    results, launches = plan(lookup("fingerprint", key(x), target_of(x.device)), x)
+    run(launches)
+    return results
+
+
 def _fingerprint_fake(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows = x.shape[0]
     return (
@@ -174,5 +255,36 @@ torch.library.define(
     "heatsink::fingerprint", "(Tensor x) -> (Tensor digest, Tensor nonfinite, Tensor absmax)"
 )
 torch.library.impl("heatsink::fingerprint", "default", _fingerprint_torch)
+torch.library.impl("heatsink::fingerprint", "cuda", _fingerprint_triton)
 torch.library.register_fake("heatsink::fingerprint", _fingerprint_fake)
 _native.load()
+
+
+def _case(name: str, shape: tuple[int, ...], dtype: torch.dtype, inside: bool = False) -> Case:
+    def make(device: torch.device) -> Inputs:
+        x = normal(shape, dtype, device, seed=1)
+        return {"x": x.contiguous(memory_format=torch.channels_last) if inside else x}
+
+    return Case(name, make)
+
+
+OP = Op(
+    name="fingerprint",
+    public=fingerprint,
+    kernels=(KERNEL,),
+    cases=(
+        _case("sdxl-8x1280x32x32-fp16", (8, 1280, 32, 32), torch.float16),
+        _case("sdxl-8x1280x32x32-fp16-channels-last", (8, 1280, 32, 32), torch.float16, True),
+        _case("sd15-2x320x64x64-bf16", (2, 320, 64, 64), torch.bfloat16),
+        _case("latents-8x4x128x128-fp32", (8, 4, 128, 128), torch.float32),
+    ),
+    key=key,
+    plan=plan,
+    space=lambda key, arch: [
+        {"ROWS": rows, "BLOCK": block, "STEPS": steps, "warps": warps}
+        for rows in (1, 2, 4, 8)
+        for block in (256, 512, 1024)
+        for steps in (2, 4, 8)
+        for warps in (4, 8)
+    ],
+)

@@ -35,10 +35,13 @@ from heatsink.kernels._op import Case, Inputs, Op, normal
 from heatsink.kernels._pixels import as_pixels, empty_like_pixels, group_norm_torch
 from heatsink.kernels._rows import dense, power_of_two
 
-_SIZES = ("pixels", "groups", "group_size")
-WHOLE = Kernel("group_norm_whole", module="group_norm_silu", plain=_SIZES)
+WHOLE = Kernel("group_norm_whole", module="group_norm_silu", plain=("pixels", "groups"))
 MOMENTS = Kernel("group_norm_moments", module="group_norm_silu", plain=("pixels", "chunks"))
-FINISH = Kernel("group_norm_finish", module="group_norm_silu", plain=(*_SIZES, "chunks"))
+FINISH = Kernel(
+    "group_norm_finish",
+    module="group_norm_silu",
+    plain=("pixels", "chunks", "groups", "group_size"),
+)
 APPLY = Kernel("group_norm_apply", module="group_norm_silu", plain=("pixels",))
 
 # Channels side by side that a program of the one-launch path takes, where groups are narrow.
@@ -163,6 +166,8 @@ def _whole(
     silu: bool,
 ) -> Launch:
     samples, pixels, channels = x.shape
+    if pixels * x.stride(1) >= 2**31:
+        x = x.contiguous()
     group_size = channels // groups
     together = _groups_together(groups, group_size)
     return Launch(
@@ -175,13 +180,13 @@ def _whole(
             "pixels": pixels,
             "channels": channels,
             "groups": groups,
-            "group_size": group_size,
             "stride_xn": x.stride(0),
             "stride_xp": x.stride(1),
             **tail,
         },
         constants={
             "GROUPS": together,
+            "GROUP_SIZE": group_size,
             "BLOCK_G": power_of_two(together),
             "BLOCK_P": power_of_two(pixels),
             "BLOCK_C": power_of_two(together * group_size),
@@ -312,7 +317,7 @@ def _case(
 
 
 def _space(key: Key, arch: int) -> list[Config]:
-    whole = [{"WHOLE": 1, "warps": n} for n in (4, 8, 16)]
+    whole = [{"WHOLE": 1, "warps": n} for n in (4, 8, 16, 32)]
     chunked = [
         {"WHOLE": 0, "CHUNK": c, "BLOCK_P": p, "BLOCK_C": w, "BLOCK_K": 32, "warps": n}
         for c in (128, 256, 512, 1024)

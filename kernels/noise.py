@@ -6,6 +6,7 @@
 Every value depends on (seed, purpose, step, i) alone. The transform uses float32 additions,
 multiplications, divisions and square roots, each rounded once, and integer operations, so any
 device that computes these by IEEE 754 gives the same bits. docs/noise.md is the specification.
+CUDA: Triton; CPU: C++, or the PyTorch implementation here, which serves every other device too.
 
 Sources: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011);
 Wichura, "Algorithm AS 241: the percentage points of the normal distribution" (1988), PPND7.
@@ -17,6 +18,9 @@ import torch
 from torch import Tensor
 
 from heatsink.kernels import _native
+from heatsink.kernels._config import Config, Key, lookup, target_of
+from heatsink.kernels._launch import Kernel, Launch, run
+from heatsink.kernels._op import Case, Inputs, Op
 
 NOISE_VERSION = 1
 PHILOX_ROUNDS = 10
@@ -36,6 +40,8 @@ _SPLIT = 0.425
 _SPLIT_SQUARED = 0.180625
 _TAIL_SHIFT = 1.6
 _SQRT_HALF_BITS = 0x3F3504F3
+
+KERNEL = Kernel("normal", module="noise", plain=("purpose", "tiles"), fusion=False)
 
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -129,6 +135,44 @@ def _normal_torch(keys: Tensor, steps: Tensor, purpose: int, count: int) -> Tens
     return words_to_normal(words).contiguous()
 
 
+def key(keys: Tensor, steps: Tensor, purpose: int, count: int) -> Key:
+    """What the configuration depends on."""
+    return {"count": count}
+
+
+def plan(
+    config: Config, keys: Tensor, steps: Tensor, purpose: int, count: int
+) -> tuple[Tensor, list[Launch]]:
+    """The output and the launch that fills it."""
+    out = _normal_fake(keys, steps, purpose, count)
+    tiles = -(-count // (4 * config["BLOCK"]))
+    launch = Launch(
+        KERNEL,
+        grid=(keys.shape[0] * tiles, 1, 1),
+        args={
+            "keys_ptr": keys,
+            "steps_ptr": steps,
+            "out_ptr": out,
+            "purpose": purpose,
+            "count": count,
+            "tiles": tiles,
+            "stride_k": keys.stride(0),
+            "stride_s": steps.stride(0),
+        },
+        constants={"BLOCK": config["BLOCK"]},
+        warps=config["warps"],
+        stages=1,
+    )
+    return out, [launch]
+
+
+def _normal_triton(keys: Tensor, steps: Tensor, purpose: int, count: int) -> Tensor:
+    config = lookup("normal", key(keys, steps, purpose, count), target_of(keys.device))
+    out, launches = plan(config, keys, steps, purpose, count)
+    run(launches)
+    return out
+
+
 def _normal_fake(keys: Tensor, steps: Tensor, purpose: int, count: int) -> Tensor:
     return keys.new_empty((keys.shape[0], count), dtype=torch.float32)
 
@@ -169,5 +213,31 @@ torch.library.define(
     "heatsink::normal", "(Tensor keys, Tensor steps, int purpose, int count) -> Tensor"
 )
 torch.library.impl("heatsink::normal", "default", _normal_torch)
+torch.library.impl("heatsink::normal", "cuda", _normal_triton)
 torch.library.register_fake("heatsink::normal", _normal_fake)
 _native.load()
+
+
+def _case(name: str, rows: int, count: int) -> Case:
+    def make(device: torch.device) -> Inputs:
+        keys = torch.arange(rows, dtype=torch.int64, device=device)
+        return {"keys": keys, "steps": keys, "purpose": 1, "count": count}
+
+    return Case(name, make)
+
+
+OP = Op(
+    name="normal",
+    public=normal,
+    kernels=(KERNEL,),
+    cases=(
+        _case("sdxl-latents-8x65536", 8, 4 * 128 * 128),
+        _case("sd15-latents-8x16384", 8, 4 * 64 * 64),
+        _case("bundled-latents-24x512", 24, 8 * 8 * 8),
+    ),
+    key=key,
+    plan=plan,
+    space=lambda key, arch: [
+        {"BLOCK": block, "warps": warps} for block in (32, 64, 128, 256) for warps in (1, 2, 4)
+    ],
+)

@@ -26,6 +26,7 @@ __all__ = [
     "normal",
     "normal_rows",
     "philox",
+    "seed_keys",
     "words_to_normal",
 ]
 
@@ -47,9 +48,15 @@ def _checked(name: str, value: SupportsIndex, bits: int) -> int:
     return number
 
 
-def _as_int64(number: int) -> int:
-    """The int64 with the bits of an unsigned 64-bit number."""
-    return number - 2**64 if number >= 2**63 else number
+def seed_keys(seeds: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+    """int64 `(rows,)` with the bits of seeds in [0, 2^64), as the kernels take them.
+
+    Raises:
+        InvalidRequest: if a seed is out of range.
+    """
+    checked = [_checked("seed", seed, 64) for seed in seeds]
+    keys = [seed - 2**64 if seed >= 2**63 else seed for seed in checked]
+    return torch.tensor(keys, dtype=torch.int64, device=device)
 
 
 def normal_rows(
@@ -76,7 +83,7 @@ def normal_rows(
     Raises:
         InvalidRequest: if a number is out of range or steps are not as many as seeds.
     """
-    keys = [_as_int64(_checked("seed", seed, 64)) for seed in seeds]
+    keys = seed_keys(seeds, device)
     if isinstance(steps, Sequence):
         row_steps = [_checked("step", step, 32) for step in steps]
     else:
@@ -87,7 +94,7 @@ def normal_rows(
         )
     size = torch.Size([_checked("shape", extent, 31) for extent in shape])
     rows = _normal_op(
-        torch.tensor(keys, dtype=torch.int64, device=device),
+        keys,
         torch.tensor(row_steps, dtype=torch.int64, device=device),
         _checked("purpose", purpose, 32),
         size.numel(),

@@ -9,14 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from heatsink.kernels.guided_step import guided_step
 from heatsink.runtime import noise
 from heatsink.runtime.backends.session import Array
 from heatsink.runtime.errors import NumericError
 from heatsink.runtime.schedule import (
     Schedule,
-    apply_guidance,
     apply_start,
-    apply_step,
     coefficients,
     scale_input,
     start_scales,
@@ -109,36 +108,31 @@ def _step(active: list[Job], run_rows: RunRows) -> int:
     }
     for name in conditions[0]:
         inputs[name] = np.stack([condition[name] for condition in conditions])
-    out = _guided(active, torch.from_numpy(run_rows(inputs)))
-    history = torch.stack([job.x0 for job in active])
-    following, x0 = apply_step(latents, out, history, _fresh_noise(active), table)
+    out = torch.from_numpy(run_rows(inputs))
+    counts = torch.tensor([len(job.conditions) for job in active], dtype=torch.int32)
+    last = torch.cumsum(counts, 0, dtype=torch.int32) - 1
+    first = last - counts + 1
+    _check_finite(active, out, first.tolist(), last.tolist())
+    following, x0 = guided_step(
+        latents,
+        out,
+        torch.stack([job.x0 for job in active]),
+        table,
+        torch.tensor([job.guidance for job in active], dtype=torch.float32),
+        first,
+        last,
+        noise.seed_keys([job.seed for job in active]),
+        torch.tensor([job.step for job in active]),
+    )
     for place, job in enumerate(active):
         job.latents, job.x0 = following[place], x0[place]
         job.step += 1
     return len(conditions)
 
 
-def _fresh_noise(active: list[Job]) -> Tensor | None:
-    """Unit noise `(R, C, h, w)` for this step of every job; None if none of them adds any."""
-    if not any(job.schedule.needs_noise(job.step) for job in active):
-        return None
-    seeds, steps = [job.seed for job in active], [job.step for job in active]
-    return noise.normal_rows(seeds, noise.STEP, steps, active[0].latents.shape)
-
-
-def _guided(active: list[Job], out: Tensor) -> Tensor:
-    """The UNet's rows combined to one a job.
-
-    Raises:
-        NumericError: a row is not finite; names the job and its step.
-    """
-    counts = torch.tensor([len(job.conditions) for job in active])
-    last = torch.cumsum(counts, 0) - 1
+def _check_finite(active: list[Job], out: Tensor, first: list[int], last: list[int]) -> None:
+    """Raise NumericError, with the job and its step, if a row of the UNet is not finite."""
     finite = torch.isfinite(out).flatten(1).all(1)
-    for job, start, end in zip(active, (last - counts + 1).tolist(), last.tolist(), strict=True):
+    for job, start, end in zip(active, first, last, strict=True):
         if not bool(finite[start : end + 1].all()):
             raise NumericError(f"{job.name}: unet gave a non-finite value at step {job.step}")
-    cond = out[last].float()
-    scales = torch.tensor([job.guidance for job in active], dtype=torch.float32)
-    guided = apply_guidance(out[last - counts + 1], cond, scales)
-    return torch.where((counts == 2).reshape(-1, *(1,) * (cond.ndim - 1)), guided, cond)

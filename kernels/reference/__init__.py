@@ -4,6 +4,7 @@ Integer and bit-specified ops are in `exact`; float ops are in NumPy's float64, 
 with the same arguments as the op. Nothing here is optimised or imports PyTorch or Triton.
 """
 
+from heatsink.kernels.reference.attention import attention
 from heatsink.kernels.reference.exact import (
     FINGERPRINT_FORMATS,
     fingerprint_key,
@@ -24,13 +25,18 @@ from heatsink.kernels.reference.norms import (
 from heatsink.kernels.reference.positions import (
     rotary,
 )
+from heatsink.kernels.reference.steps import (
+    guided_step,
+)
 
 __all__ = [
     "FINGERPRINT_FORMATS",
+    "attention",
     "fingerprint_key",
     "fingerprint_row",
     "geglu",
     "group_norm_silu",
+    "guided_step",
     "layer_norm",
     "noise_word",
     "philox_4x32_10",

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from heatsink.kernels import _launch as launch
 from heatsink.kernels import _native, reference
 from heatsink.kernels.fingerprint import Fingerprint, fingerprint
 
@@ -33,8 +34,21 @@ def torch_only(x: Tensor) -> Fingerprint:
     return Fingerprint(*module._fingerprint_torch(x))
 
 
-# `fingerprint` runs C++ where it was built; the other always PyTorch. Equal to the reference both.
+def triton(x: Tensor) -> Fingerprint:
+    """The kernel, here under the interpreter, whose time goes with the launch's programs."""
+    if x.shape[1:].numel() < 4096:
+        return Fingerprint(*module._fingerprint_triton(x))
+    results, launches = module.plan({"ROWS": 4, "BLOCK": 4096, "STEPS": 2, "warps": 4}, x)
+    launch.run(launches)
+    return Fingerprint(*results)
+
+
+# C++ where it was built, PyTorch, Triton: equal to the reference all. What says something of the
+# digest itself, over thousands of rows, is left to the first two.
 BOTH = pytest.mark.parametrize("run", [fingerprint, torch_only], ids=["op", "torch"])
+ALL = pytest.mark.parametrize(
+    "run", [fingerprint, torch_only, triton], ids=["op", "torch", "triton"]
+)
 Run = Callable[[Tensor], Fingerprint]
 
 
@@ -83,7 +97,7 @@ def assert_same(actual: Fingerprint, expected: Fingerprint) -> None:
     assert actual.absmax.view(torch.int32).tolist() == expected.absmax.view(torch.int32).tolist()
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_the_reference(
@@ -131,7 +145,7 @@ def test_no_two_differences_of_keys_are_equal(distance: int) -> None:
     assert (differences[1:] != differences[:-1]).all()
 
 
-@BOTH
+@ALL
 def test_published_rows(run: Run) -> None:
     rows = _table("Rows (")
     assert {row[0] for row in rows} == {name(dtype) for dtype in DTYPES}
@@ -161,7 +175,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("layout", LAYOUTS)
 # Channels inside memory are read in place from 16 on, and copied below; 1,030 spans two tiles.
 @pytest.mark.parametrize("channels", [3, 16, 1030])
@@ -175,14 +189,14 @@ def test_strides_do_not_matter(
     assert_same(run(view), run(x))
 
 
-@BOTH
+@ALL
 def test_expanded_and_offset_rows(run: Run, seed: int) -> None:
     x = normals((6, 33), seed)
     assert_same(run(x[1][None].expand(4, 33)), run(x[1].repeat(4, 1)))
     assert run(x[2:5]).hex() == run(x).hex()[2:5]
 
 
-@BOTH
+@ALL
 def test_a_row_does_not_depend_on_its_neighbours(run: Run, seed: int) -> None:
     x = normals((17, 3, 19, 23), seed)
     alone = [run(row[None]).hex()[0] for row in x]
@@ -209,7 +223,8 @@ def test_chunks_and_threads_do_not_matter(monkeypatch: pytest.MonkeyPatch, seed:
     assert_same(torch_only(integers), chunked)
 
 
-@BOTH
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
+@ALL
 @pytest.mark.parametrize("dtype", FLOATS, ids=name)
 def test_special_values(run: Run, dtype: torch.dtype) -> None:
     width, infinity, quiet_nan = reference.FINGERPRINT_FORMATS[name(dtype)]
@@ -233,14 +248,14 @@ def test_special_values(run: Run, dtype: torch.dtype) -> None:
     assert (nothing.nonfinite.item(), nothing.absmax.item()) == (3, 0.0)
 
 
-@BOTH
+@ALL
 def test_integer_extremes(run: Run) -> None:
     ends = torch.tensor([[-(2**63), 2**63 - 1], [-1, 0], [-(2**63), 0]])
     assert run(ends).absmax.tolist() == [2.0**63, 1.0, 2.0**63]
     assert run(torch.tensor([[-(2**31), 5]], dtype=torch.int32)).absmax.item() == 2.0**31
 
 
-@BOTH
+@ALL
 def test_subnormals_survive_a_flushing_processor(run: Run) -> None:
     x = torch.tensor([[1e-41, -3e-42]])
     expected = run(x)
@@ -332,6 +347,41 @@ def test_compiles_whole(seed: int) -> None:
         y, result = compiled(x)
         assert torch.equal(y, x * 2 + 1)
         assert_same(result, fingerprint(y))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8])
+def test_a_configuration_does_not_matter(rows: int, seed: int) -> None:
+    x = random((5, 8, 7, 5), torch.bfloat16, seed)
+    inside = x.contiguous(memory_format=torch.channels_last)
+    for block, steps in ((64, 1), (256, 2), (128, 3)):
+        config = {"ROWS": rows, "BLOCK": block, "STEPS": steps, "warps": 4}
+        for view in (x, inside):
+            results, launches = module.plan(config, view)
+            assert launches[0].constants["CHANNELS_INSIDE"] == (view is inside)
+            launch.run(launches)
+            assert_same(Fingerprint(*results), torch_only(x))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_on_a_gpu(dtype: torch.dtype, seed: int) -> None:
+    x = random((5, 320, 33, 32), dtype, seed)
+    for view in (x, *(make(x) for make in LAYOUTS.values())):
+        there = Fingerprint(*(part.cpu() for part in fingerprint(view.cuda())))
+        assert_same(there, torch_only(x))
+
+
+@pytest.mark.gpu
+def test_in_a_cuda_graph(seed: int) -> None:
+    x = normals((3, 320, 16, 16), seed).half().cuda()
+    expected = fingerprint(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = fingerprint(x)
+    for _ in range(2):
+        # Twice: a replay must start from 0.
+        graph.replay()
+        assert_same(result, expected)
 
 
 def test_the_implementation_is_said() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from heatsink.kernels import noise as kernel
 from heatsink.kernels import reference
+from heatsink.kernels._launch import run
 from heatsink.runtime.errors import InvalidRequest
 from heatsink.runtime.noise import (
     ENCODE,
@@ -28,8 +29,22 @@ SEEDS = (0, 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1)
 ULP = 2.0**-24  # half a unit in the last place of float32, relative
 
 Op = Callable[[Tensor, Tensor, int, int], Tensor]
-# The op runs C++ where it was built; the other always PyTorch.
-BOTH = pytest.mark.parametrize("op", [kernel.normal, kernel._normal_torch], ids=["op", "torch"])
+
+
+def triton(keys: Tensor, steps: Tensor, purpose: int, count: int) -> Tensor:
+    """The Triton kernel, here under the interpreter, whose time goes with the launch's programs."""
+    config = {"BLOCK": 64 if count < 10_000 else 1 << 16, "warps": 4}
+    out, launches = kernel.plan(config, keys, steps, purpose, count)
+    run(launches)
+    return out
+
+
+# C++ where it was built, PyTorch, Triton.
+ALL = pytest.mark.parametrize(
+    "op",
+    [kernel.normal, kernel._normal_torch, triton],
+    ids=["op", "torch", "triton"],
+)
 
 
 def bits(x: Tensor) -> list[int]:
@@ -85,7 +100,7 @@ def test_known_answers_of_philox() -> None:
         assert tuple(int(word) for word in philox((c0, c1, c2, c3), (k0, k1))) == expected
 
 
-@BOTH
+@ALL
 def test_published_elements(op: Op) -> None:
     rows = _table("Elements (")
     assert len(rows) >= 10
@@ -106,7 +121,7 @@ def test_published_transform() -> None:
         assert words_to_normal(torch.tensor(int(word, 16))).item() == float.fromhex(value)
 
 
-@BOTH
+@ALL
 def test_equals_the_reference(op: Op) -> None:
     steps = (0, 1, 49, 2**31, 2**32 - 1, 7)
     values = op(int64(*SEEDS), torch.tensor(steps), STEP, 301)
@@ -129,7 +144,7 @@ def test_both_implementations_agree_on_many_values(seed: int) -> None:
     assert bits(kernel.normal(keys, steps, INITIAL, 65_537)) == bits(expected)
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("count", [0, 1, 3, 4, 5, 255, 256, 257, 1000])
 def test_a_value_depends_on_its_index_alone(op: Op, count: int) -> None:
     keys, steps = int64(3, 2**64 - 3), torch.tensor([5, 6])
