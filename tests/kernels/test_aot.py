@@ -19,7 +19,7 @@ from heatsink.kernels._op import Op
 from heatsink.kernels._resources import Row, Table, over_limits, used
 from heatsink.kernels._workers import Failure, compile_jobs
 from heatsink.kernels.check import Report, check, identity, uses_of_all
-from heatsink.kernels.errors import KernelError
+from heatsink.kernels.errors import KernelError, MissingConfig
 
 OPS = list(catalog.ops().values())
 SILU = catalog.ops()["silu_mul"]
@@ -125,6 +125,17 @@ def test_a_failure_names_op_case_and_architecture() -> None:
     (problem,) = check([broken], [90]).problems
     assert problem.startswith("silu_mul/transformer-4096x5632-bf16/silu_mul sm_90: ")
     assert "power of 2" in problem
+
+
+def test_a_case_without_configuration_is_a_problem_of_its_own() -> None:
+    nameless = dataclasses.replace(SILU, name="nameless")
+    report = check([nameless, SILU], [90])
+    assert [verdict.uses[0].op for verdict in report.verdicts] == ["silu_mul"]
+    first, second = report.problems
+    assert first.startswith(f"nameless/{SILU.cases[0].name} sm_90: nameless: expected a config")
+    assert second == "nameless: silu_mul on sm_90: no smoke case reaches it"
+    with pytest.raises(MissingConfig, match="nameless: expected a configuration"):
+        aot.jobs([nameless], [90])
 
 
 def test_a_kernel_that_no_smoke_case_reaches_is_told() -> None:
