@@ -251,7 +251,7 @@ def test_each_tuned_device_of_an_architecture_is_a_target(
 ) -> None:
     default = json.loads((_config.FOLDER / "default.json").read_text())["ops"]["silu_mul"]
     config = {"BLOCK_R": 4, "BLOCK_W": 2048, "warps": 8}
-    for device, arch in (("a_device", 90), ("b_device", 80)):
+    for device, arch in (("a_device", 90), ("b_device", [80, 89])):
         entry = {"key": {"width": 5632, "arch": arch}, "config": config}
         text = json.dumps({"ops": {"silu_mul": [entry]}})
         (tmp_path / f"{device}.json").write_text(text)
@@ -261,6 +261,7 @@ def test_each_tuned_device_of_an_architecture_is_a_target(
     # What was read from the real folder stays as it is.
     monkeypatch.setattr(_config, "_entries", _config._entries.__wrapped__)
     assert _config.targets(90) == [_config.Target("", 90), _config.Target("a_device", 90)]
+    assert _config.targets(89) == [_config.Target("", 89), _config.Target("b_device", 89)]
     assert _config.targets(120) == [_config.Target("", 120)]
     launches = aot.launches_of(SILU, SILU.cases[0], 90)
     assert [launch.constants["BLOCK_W"] for launch in launches] == [
