@@ -87,12 +87,12 @@ def check(
         progress: called with a description, the number done and the number in all.
 
     Raises:
-        MissingConfig: if a case has no configuration.
         MissingTriton: if Triton is not installed.
     """
     table = Table.read() if table is None else table
     triton = triton_version()
-    found = list(aot.jobs(ops, archs, cases, space=space).values())
+    missing: list[str] = []
+    found = list(aot.jobs(ops, archs, cases, space=space, missing=missing).values())
     results, compiled = _binaries([job for job, _ in found], triton, record, workers, progress)
     verdicts = [
         _judge(job, tuple(uses), result, table, table.triton == triton)
@@ -103,6 +103,7 @@ def check(
         for verdict in verdicts
         for problem in verdict.problems
     ]
+    problems += missing
     problems += [f"{text}: no smoke case reaches it" for text in aot.unreached(ops, archs)]
     rows = {
         name_of(use): verdict.row
@@ -123,7 +124,7 @@ def uses_of_all(ops: Iterable[Op], archs: Sequence[int], table: Table) -> set[st
         for name in table.rows
         if name.split("/")[0] not in names or int(name.rpartition("sm_")[2]) not in archs
     }
-    mine = aot.jobs(ops, archs, lambda op: op.cases)
+    mine = aot.jobs(ops, archs, lambda op: op.cases, missing=[])
     return others | {name_of(use) for _, uses in mine.values() for use in uses}
 
 
