@@ -13,6 +13,8 @@ import importlib.util
 import os
 import warnings
 
+import torch  # noqa: F401 - the extension's own libraries, which must be there first
+
 INTERFACE = 2
 
 
