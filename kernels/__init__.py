@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 from heatsink.kernels._cache import use_cache
 
 if TYPE_CHECKING:
-    from heatsink.kernels.attention_fp8 import attention_fp8
-
     from heatsink.kernels.attention import attention
+    from heatsink.kernels.attention_fp8 import attention_fp8
     from heatsink.kernels.fingerprint import fingerprint
     from heatsink.kernels.geglu import geglu
     from heatsink.kernels.group_norm_silu import group_norm_silu

@@ -6,6 +6,7 @@ them: from an opened cache of compiled kernels, or through Triton.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
