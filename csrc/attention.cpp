@@ -11,6 +11,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <vector>
 
 namespace {
 
@@ -22,27 +23,48 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kChunk = 256;              // queries a task has at most
-constexpr int64_t kChunkFloats = 1 << 15;    // and what they may take up, so that they stay in L2
+constexpr int64_t kChunkFloats = 1 << 17;    // and what they may take up, so that they stay in L2
 constexpr int64_t kGrainProducts = 1 << 18;  // products that are worth a thread
 
-// HEATSINK_CPU=portable|avx2 asks for less than the processor has: to reproduce another machine's
-// run, and to test that it needs no reproducing.
-AttentionKernel choose_kernel() {
+struct Choice {
+  const char* name;
+  AttentionKernel kernel;
+};
+
+// The kernels that this processor can run, the fastest first.
+std::vector<Choice> kernels() {
+  std::vector<Choice> found;
 #ifdef HEATSINK_X86_KERNELS
-  const char* wish = std::getenv("HEATSINK_CPU");
-  const std::string most = wish == nullptr ? "" : wish;
-  const bool avx2 = most != "portable" && __builtin_cpu_supports("avx2") &&
-                    __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  if (avx2 && most != "avx2" && __builtin_cpu_supports("avx512f") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl")) {
-    return heatsink::attention_avx512;
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    found.push_back({"avx512", heatsink::attention_avx512});
   }
   if (avx2) {
-    return heatsink::attention_avx2;
+    found.push_back({"avx2", heatsink::attention_avx2});
   }
 #endif
-  return heatsink::attention_portable;
+  found.push_back({"portable", heatsink::attention_portable});
+  return found;
+}
+
+// The fastest, or the one that the environment's HEATSINK_CPU names. All give the same bits, which
+// is tested by naming them.
+AttentionKernel choose_kernel() {
+  const std::vector<Choice> found = kernels();
+  const char* wish = std::getenv("HEATSINK_CPU");
+  if (wish == nullptr || *wish == '\0') {
+    return found.front().kernel;
+  }
+  std::string names;
+  for (const Choice& choice : found) {
+    if (std::string(wish) == choice.name) {
+      return choice.kernel;
+    }
+    names += std::string(names.empty() ? "" : ", ") + choice.name;
+  }
+  STD_TORCH_CHECK(false, "HEATSINK_CPU: expected one of ", names, " on this processor, got ", wish);
 }
 
 // Memory that a thread keeps from call to call: new pages cost more than a small call.
@@ -82,16 +104,22 @@ Operand operand(const Tensor& x) {
   return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
 }
 
+// A bias of up to four dimensions that broadcast to (batch, heads, queries, keys).
 Operand bias_operand(const std::optional<Tensor>& bias, const Attention& a, ScalarType dtype) {
   if (!bias.has_value()) {
     return {nullptr, 0, 0, 0, 0};
   }
-  STD_TORCH_CHECK(bias->dim() == 4 && bias->is_cpu() && bias->scalar_type() == dtype &&
-                      bias->size(0) == a.batch && bias->size(1) == a.heads &&
-                      bias->size(2) == a.queries && bias->size(3) == a.keys,
-                  "bias: expected (batch, heads, queries, keys), of q's dtype");
-  return {bias->const_data_ptr(), bias->stride(0), bias->stride(2), bias->stride(1),
-          bias->stride(3)};
+  STD_TORCH_CHECK(bias->dim() <= 4 && bias->is_cpu() && bias->scalar_type() == dtype,
+                  "bias: expected at most four dimensions, of q's dtype");
+  const int64_t wanted[4] = {a.batch, a.heads, a.queries, a.keys};
+  int64_t strides[4] = {0, 0, 0, 0};
+  for (int64_t d = 0; d < bias->dim(); ++d) {
+    const int64_t place = d + 4 - bias->dim();
+    STD_TORCH_CHECK(bias->size(d) == 1 || bias->size(d) == wanted[place],
+                    "bias: expected a shape that broadcasts to (batch, heads, queries, keys)");
+    strides[place] = bias->size(d) == 1 ? 0 : bias->stride(d);
+  }
+  return {bias->const_data_ptr(), strides[0], strides[2], strides[1], strides[3]};
 }
 
 int64_t count_tasks(const Attention& a) {
@@ -109,8 +137,8 @@ int64_t choose_chunk(Attention a) {
   return a.chunk;
 }
 
-// q: (batch, queries, heads, channels); k, v: (batch, keys, heads, channels); bias: (batch, heads,
-// queries, keys); any strides. Returns a contiguous tensor like q.
+// q: (batch, queries, heads, channels); k, v: (batch, keys, heads, channels); any strides. Returns
+// a contiguous tensor like q.
 Tensor attention(Tensor q, Tensor k, Tensor v, double scale, bool causal,
                  std::optional<Tensor> bias) {
   STD_TORCH_CHECK(q.dim() == 4 && q.is_cpu(), "q: expected (batch, queries, heads, channels)");

@@ -55,6 +55,34 @@ struct Avx2 {
   static V times_power(V a, V shifted) {
     return {times_power(a.low, shifted.low), times_power(a.high, shifted.high)};
   }
+  static __m128i load_half(const char* p) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  }
+  static V widen_half(const char* p) {
+    return {_mm256_cvtph_ps(load_half(p)), _mm256_cvtph_ps(load_half(p + 16))};
+  }
+  static V widen_bfloat16(const char* p) {
+    const __m256i low = _mm256_cvtepu16_epi32(load_half(p));
+    const __m256i high = _mm256_cvtepu16_epi32(load_half(p + 16));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(low, 16)),
+            _mm256_castsi256_ps(_mm256_slli_epi32(high, 16))};
+  }
+  static void narrow_half(V a, char* p) {
+    constexpr int kMode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.low, kMode));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 16), _mm256_cvtps_ph(a.high, kMode));
+  }
+  static __m256i rounded(__m256 a) {
+    const __m256i bits = _mm256_castps_si256(a);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd);
+    return _mm256_blendv_epi8(_mm256_srli_epi32(sum, 16), _mm256_set1_epi32(0x7FC0),
+                              _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)));
+  }
+  static void narrow_bfloat16(V a, char* p) {
+    const __m256i packed = _mm256_packus_epi32(rounded(a.low), rounded(a.high));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xD8));
+  }
   static V gather(const float* p, int64_t pitch) {
     return {_mm256_loadu2_m128(p + 4 * pitch, p),
             _mm256_loadu2_m128(p + 12 * pitch, p + 8 * pitch)};

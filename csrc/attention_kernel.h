@@ -19,9 +19,9 @@ namespace {
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLog2E = 0x1.715476p+0f;
 
-// Values whose rows lie further apart than this are copied: they would share too few of a cache's
-// sets, and too many pages.
-constexpr int64_t kNearRows = 512;
+// Values whose rows lie as far apart as this are copied: such rows share few of a cache's sets, and
+// take many pages.
+constexpr int64_t kFarRows = 512;
 
 // 2^x for x <= 0; exactly 1 for 0, exactly 0 for -127 and below; NaN for NaN.
 template <typename I>
@@ -92,55 +92,61 @@ struct Block {
     }
   }
 
-  // p[j][g] = q . k_j for N keys, and the largest of them.
+  // p[j][g] = q . k_j for N keys, of channels begin..end-1 added to those before; after the last
+  // ones, also the largest of them.
   template <int N>
-  HEATSINK_INLINE void score_tile(int64_t first) {
+  HEATSINK_INLINE void score_tile(int64_t first, int64_t begin, int64_t end) {
     const float* const q = s.q + group * s.pitch * kLanes;
     // Keys lie in groups of 16 too, of which a tile never holds more than one.
     const float* const k = s.k + first / kLanes * s.pitch * kLanes + first % kLanes;
     float* const p = s.p + first * G * kLanes;
     const int64_t next = s.pitch * kLanes;
-    const int64_t channels = a.channels;
     V dot[N * G];
-    int64_t begin = 0;
-    // There is a channel at least.
-    do {
-      clear(dot);
-      const int64_t end = smaller(begin + kChannelBlock, channels);
-      for (int64_t c = begin; c < end; ++c) {
-        V row[G];
+    clear(dot);
+    for (int64_t c = begin; c < end; ++c) {
+      V row[G];
 #pragma GCC unroll 2
-        for (int g = 0; g < G; ++g) {
-          row[g] = I::load(q + g * next + c * kLanes);
-        }
-        multiply<N>(row, k + c * kLanes, dot);
+      for (int g = 0; g < G; ++g) {
+        row[g] = I::load(q + g * next + c * kLanes);
       }
-      if (begin != 0) {
-#pragma GCC unroll 16
-        for (int i = 0; i < N * G; ++i) {
-          dot[i] = I::add(I::load(p + i * kLanes), dot[i]);
-        }
-      }
+      multiply<N>(row, k + c * kLanes, dot);
+    }
+    if (begin != 0) {
 #pragma GCC unroll 16
       for (int i = 0; i < N * G; ++i) {
-        I::store(p + i * kLanes, dot[i]);
+        dot[i] = I::add(I::load(p + i * kLanes), dot[i]);
       }
-      begin = end;
-    } while (begin < channels);
+    }
 #pragma GCC unroll 16
     for (int i = 0; i < N * G; ++i) {
-      top[i % G] = I::max(dot[i], top[i % G]);
+      I::store(p + i * kLanes, dot[i]);
+    }
+    if (end == a.channels) {
+#pragma GCC unroll 16
+      for (int i = 0; i < N * G; ++i) {
+        top[i % G] = I::max(dot[i], top[i % G]);
+      }
     }
   }
 
   // Tiles of N keys, then of half as many, and so on.
   template <int N>
-  HEATSINK_INLINE void scores(int64_t first) {
+  HEATSINK_INLINE void score_tiles(int64_t first, int64_t begin, int64_t end) {
     for (; first + N <= keys; first += N) {
-      score_tile<N>(first);
+      score_tile<N>(first, begin, end);
     }
     if constexpr (N > 1) {
-      scores<N / 2>(first);
+      score_tiles<N / 2>(first, begin, end);
+    }
+  }
+
+  // A block of channels of the queries stays in the nearest cache while all keys pass by.
+  HEATSINK_INLINE void scores() {
+    for (int g = 0; g < G; ++g) {
+      top[g] = I::splat(-kInfinity);
+    }
+    for (int64_t begin = 0; begin < a.channels; begin += kChannelBlock) {
+      score_tiles<kTile>(0, begin, smaller(begin + kChannelBlock, a.channels));
     }
   }
 
@@ -149,7 +155,7 @@ struct Block {
     for (int g = 0; g < G; ++g) {
       const int64_t first = query + g * kLanes;
       if (bias.data != nullptr) {
-        read_rows(bias, first, kLanes, a.queries - 1, key, keys, s.rows, kKeyBlock);
+        read_rows<I>(bias, first, kLanes, a.queries - 1, key, keys, s.rows, kKeyBlock);
         transpose_rows<I>({s.rows, kKeyBlock}, keys, 1.0f, s.bias);
       }
       top[g] = I::splat(-kInfinity);
@@ -252,10 +258,7 @@ struct Block {
   }
 
   void run(const Plane& bias) {
-    for (int g = 0; g < G; ++g) {
-      top[g] = I::splat(-kInfinity);
-    }
-    scores<kTile>(0);
+    scores();
     if (bias.data != nullptr || (a.causal && key + keys > query + 1)) {
       mask(bias);
     }
@@ -279,7 +282,7 @@ struct Task {
     const Plane q = plane_of(a, a.q, sample, head);
     for (int64_t g = 0; g < groups(); ++g) {
       const Rows rows =
-          rows_of(q, first + g * kLanes, kLanes, a.queries - 1, a.channels, s.rows, s.pitch);
+          rows_of<I>(q, first + g * kLanes, kLanes, a.queries - 1, a.channels, s.rows, s.pitch);
       transpose_rows<I>(rows, a.channels, a.scale, s.q + g * s.pitch * kLanes);
       I::store(s.top + g * kLanes, I::splat(-kInfinity));
       I::store(s.sum + g * kLanes, I::splat(0.0f));
@@ -290,15 +293,15 @@ struct Task {
   Rows load_keys(int64_t key, int64_t keys) {
     const Plane k = plane_of(a, a.k, sample, head);
     for (int64_t j = 0; j < keys; j += kLanes) {
-      const Rows rows = rows_of(k, key + j, kLanes, a.keys - 1, a.channels, s.rows, s.pitch);
+      const Rows rows = rows_of<I>(k, key + j, kLanes, a.keys - 1, a.channels, s.rows, s.pitch);
       transpose_rows<I>(rows, a.channels, 1.0f, s.k + j * s.pitch);
     }
     const Plane v = plane_of(a, a.v, sample, head);
-    if (v.row_stride > kNearRows) {
-      read_rows(v, key, keys, a.keys - 1, 0, a.channels, s.v, s.pitch);
+    if (v.row_stride >= kFarRows) {
+      read_rows<I>(v, key, keys, a.keys - 1, 0, a.channels, s.v, s.pitch);
       return {s.v, s.pitch};
     }
-    return rows_of(v, key, keys, a.keys - 1, a.channels, s.v, s.pitch);
+    return rows_of<I>(v, key, keys, a.keys - 1, a.channels, s.v, s.pitch);
   }
 
   template <int G>
@@ -333,16 +336,17 @@ struct Task {
       const V zero = I::splat(0.0f);
       // A query that sees no key gets zeros.
       const V factor = I::where_equal(sum, zero, zero, I::div(I::splat(1.0f), sum));
-      const float* out = s.out + g * s.pitch * kLanes;
+      const float* columns = s.out + g * s.pitch * kLanes;
       const int64_t row = first + g * kLanes;
       const int64_t place = ((sample * a.queries + row) * a.heads + head) * channels;
+      char* out = static_cast<char*>(a.out) + place * size_of(a.element);
       const int64_t rows = smaller(kLanes, queries - g * kLanes);
       if (a.element == Element::Float && channels % 4 == 0 && rows == kLanes) {
-        transpose_columns<I>(out, channels, factor, static_cast<float*>(a.out) + place, pitch);
+        transpose_columns<I>(columns, channels, factor, reinterpret_cast<float*>(out), pitch);
         continue;
       }
-      transpose_columns<I>(out, channels, factor, s.rows, s.pitch);
-      write_rows({s.rows, s.pitch}, rows, channels, a.element, a.out, place, pitch);
+      transpose_columns<I>(columns, channels, factor, s.rows, s.pitch);
+      write_rows<I>({s.rows, s.pitch}, rows, channels, a.element, out, pitch);
     }
   }
 

@@ -32,6 +32,49 @@ inline float fused(float a, float b, float c) {
 #endif
 }
 
+template <typename To, typename From>
+To bits_as(From from) {
+  To to;
+  static_assert(sizeof to == sizeof from);
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+inline float float_of_bfloat16(uint16_t x) { return bits_as<float>(uint32_t{x} << 16); }
+
+inline uint16_t bfloat16_of(float x) {
+  const uint32_t bits = bits_as<uint32_t>(x);
+  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  return static_cast<uint16_t>(x != x ? 0x7FC0u : rounded);
+}
+
+inline float float_of_half(uint16_t x) {
+  const uint32_t magnitude = x & 0x7FFFu;
+  const uint32_t sign = (x & 0x8000u) << 16;
+  if (magnitude < 0x400u) {
+    const float small = static_cast<float>(magnitude) * 0x1p-24f;
+    return bits_as<float>(bits_as<uint32_t>(small) | sign);
+  }
+  const uint32_t rebias = magnitude >= 0x7C00u ? 224u << 23 : 112u << 23;
+  return bits_as<float>(((magnitude << 13) + rebias) | sign);
+}
+
+inline uint16_t half_of(float x) {
+  const uint32_t bits = bits_as<uint32_t>(x);
+  const uint32_t magnitude = bits & 0x7FFFFFFFu;
+  const uint32_t sign = bits >> 16 & 0x8000u;
+  uint32_t half = 0x7C00u;
+  if (magnitude > 0x7F800000u) {
+    half = 0x7E00u | (magnitude >> 13 & 0x3FFu);
+  } else if (magnitude < 0x38800000u) {
+    // One half's last place is that of subnormal fp16, so the addition does the rounding.
+    half = bits_as<uint32_t>(bits_as<float>(magnitude) + 0.5f) - 0x3F000000u;
+  } else if (magnitude < 0x477FF000u) {
+    half = (magnitude + 0xFFFu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
+  }
+  return static_cast<uint16_t>(half | sign);
+}
+
 struct Portable {
   struct V {
     float lane[kLanes];
@@ -89,6 +132,29 @@ struct Portable {
     V out;
     std::memcpy(out.lane, bits, sizeof bits);
     return out;
+  }
+  static uint16_t element(const char* p, int64_t i) {
+    uint16_t x;
+    std::memcpy(&x, p + 2 * i, sizeof x);
+    return x;
+  }
+  static V widen_half(const char* p) {
+    return map([&](int64_t i) { return float_of_half(element(p, i)); });
+  }
+  static V widen_bfloat16(const char* p) {
+    return map([&](int64_t i) { return float_of_bfloat16(element(p, i)); });
+  }
+  static void narrow_half(const V& a, char* p) {
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const uint16_t x = half_of(a.lane[i]);
+      std::memcpy(p + 2 * i, &x, sizeof x);
+    }
+  }
+  static void narrow_bfloat16(const V& a, char* p) {
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const uint16_t x = bfloat16_of(a.lane[i]);
+      std::memcpy(p + 2 * i, &x, sizeof x);
+    }
   }
   static V gather(const float* p, int64_t pitch) {
     return map([&](int64_t i) { return p[i / 4 * 4 * pitch + i % 4]; });

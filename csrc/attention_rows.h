@@ -8,64 +8,7 @@
 namespace heatsink {
 namespace {
 
-template <typename To, typename From>
-HEATSINK_INLINE To bits_as(From from) {
-  To to;
-  static_assert(sizeof to == sizeof from);
-  __builtin_memcpy(&to, &from, sizeof to);
-  return to;
-}
-
-struct Float {
-  using Stored = float;
-  static HEATSINK_INLINE float widen(float x) { return x; }
-  static HEATSINK_INLINE float narrow(float x) { return x; }
-};
-
-struct BFloat16 {
-  using Stored = uint16_t;
-  static HEATSINK_INLINE float widen(uint16_t x) { return bits_as<float>(uint32_t{x} << 16); }
-  static HEATSINK_INLINE uint16_t narrow(float x) {
-    const uint32_t bits = bits_as<uint32_t>(x);
-    const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-    return static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
-  }
-};
-
-struct Half {
-  using Stored = uint16_t;
-  static HEATSINK_INLINE float widen(uint16_t x) {
-    const uint32_t magnitude = x & 0x7FFFu;
-    const uint32_t rebias = magnitude >= 0x7C00u ? 224u << 23 : 112u << 23;
-    const float small = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f;
-    const uint32_t normal = (magnitude << 13) + rebias;
-    const uint32_t bits = magnitude < 0x400u ? bits_as<uint32_t>(small) : normal;
-    return bits_as<float>(bits | (x & 0x8000u) << 16);
-  }
-  static HEATSINK_INLINE uint16_t narrow(float x) {
-    const uint32_t bits = bits_as<uint32_t>(x);
-    const uint32_t magnitude = bits & 0x7FFFFFFFu;
-    // One half's last place is that of subnormal fp16, so the addition does the rounding.
-    const uint32_t small = bits_as<uint32_t>(bits_as<float>(magnitude) + 0.5f) - 0x3F000000u;
-    const uint32_t normal = (magnitude + 0xFFFu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
-    uint32_t half = magnitude < 0x38800000u ? small : normal;
-    half = magnitude >= 0x477FF000u ? 0x7C00u : half;
-    half = magnitude > 0x7F800000u ? 0x7E00u : half;
-    return static_cast<uint16_t>(half | (bits >> 16 & 0x8000u));
-  }
-};
-
-template <typename F>
-HEATSINK_INLINE void with_element(Element element, F f) {
-  switch (element) {
-    case Element::Float:
-      return f(Float{});
-    case Element::Half:
-      return f(Half{});
-    case Element::BFloat16:
-      return f(BFloat16{});
-  }
-}
+HEATSINK_INLINE int64_t size_of(Element element) { return element == Element::Float ? 4 : 2; }
 
 HEATSINK_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -77,32 +20,68 @@ struct Plane {
 };
 
 inline Plane plane_of(const Attention& a, const Operand& x, int64_t sample, int64_t head) {
-  const int64_t size = a.element == Element::Float ? 4 : 2;
-  const int64_t first = (sample * x.batch + head * x.head) * size;
+  const int64_t first = (sample * x.batch + head * x.head) * size_of(a.element);
   return {static_cast<const char*>(x.data) + first, a.element, x.token, x.channel};
 }
 
-// out[r][c] = x[first + r][column + c] in float. Rows past the last one repeat it.
-inline void read_rows(const Plane& x, int64_t first, int64_t rows, int64_t last, int64_t column,
-                      int64_t columns, float* out, int64_t pitch) {
-  with_element(x.element, [&](auto type) {
-    using Type = decltype(type);
-    const auto* data = reinterpret_cast<const typename Type::Stored*>(x.data);
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t row = smaller(first + r, last);
-      const auto* __restrict from = data + row * x.row_stride + column * x.column_stride;
-      float* __restrict to = out + r * pitch;
-      if (x.column_stride == 1) {
-        for (int64_t c = 0; c < columns; ++c) {
-          to[c] = Type::widen(from[c]);
-        }
-      } else {
-        for (int64_t c = 0; c < columns; ++c) {
-          to[c] = Type::widen(from[c * x.column_stride]);
-        }
-      }
+// 16 elements as floats.
+template <typename I>
+HEATSINK_INLINE typename I::V widen(Element element, const char* from) {
+  switch (element) {
+    case Element::Half:
+      return I::widen_half(from);
+    case Element::BFloat16:
+      return I::widen_bfloat16(from);
+    default:
+      return I::load(reinterpret_cast<const float*>(from));
+  }
+}
+
+// 16 floats as elements, rounded to nearest, ties to even.
+template <typename I>
+HEATSINK_INLINE void narrow(Element element, typename I::V x, char* to) {
+  switch (element) {
+    case Element::Half:
+      return I::narrow_half(x, to);
+    case Element::BFloat16:
+      return I::narrow_bfloat16(x, to);
+    default:
+      return I::store(reinterpret_cast<float*>(to), x);
+  }
+}
+
+// `count` elements that lie `stride` apart, one after the other.
+inline void collect(const char* from, int64_t stride, int64_t count, int64_t size, char* to) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (size == 4) {
+      __builtin_memcpy(to + 4 * i, from + 4 * i * stride, 4);
+    } else {
+      __builtin_memcpy(to + 2 * i, from + 2 * i * stride, 2);
     }
-  });
+  }
+}
+
+// out[r][c] = x[first + r][column + c] in float. Rows past the last one repeat it; rows are filled
+// up to a multiple of 16 floats.
+template <typename I>
+void read_rows(const Plane& x, int64_t first, int64_t rows, int64_t last, int64_t column,
+               int64_t columns, float* out, int64_t pitch) {
+  const int64_t size = size_of(x.element);
+  const int64_t stride = x.column_stride;
+  for (int64_t r = 0; r < rows; ++r) {
+    const char* from = x.data + (smaller(first + r, last) * x.row_stride + column * stride) * size;
+    for (int64_t c = 0; c < columns; c += kLanes) {
+      const char* next = from + c * stride * size;
+      float* to = out + r * pitch + c;
+      if (stride == 1 && c + kLanes <= columns) {
+        I::store(to, widen<I>(x.element, next));
+        continue;
+      }
+      alignas(64) char few[kLanes * 4] = {};
+      collect(next, stride, smaller(kLanes, columns - c), size, few);
+      I::store(to, widen<I>(x.element, few));
+    }
+  }
 }
 
 struct Rows {
@@ -111,13 +90,14 @@ struct Rows {
 };
 
 // The same rows where they lie, if they can be used there, or else in `memory`.
-inline Rows rows_of(const Plane& x, int64_t first, int64_t rows, int64_t last, int64_t columns,
-                    float* memory, int64_t pitch) {
+template <typename I>
+Rows rows_of(const Plane& x, int64_t first, int64_t rows, int64_t last, int64_t columns,
+             float* memory, int64_t pitch) {
   const bool dense = x.element == Element::Float && x.column_stride == 1;
   if (dense && columns % 4 == 0 && first + rows - 1 <= last) {
     return {reinterpret_cast<const float*>(x.data) + first * x.row_stride, x.row_stride};
   }
-  read_rows(x, first, rows, last, 0, columns, memory, pitch);
+  read_rows<I>(x, first, rows, last, 0, columns, memory, pitch);
   return {memory, pitch};
 }
 
@@ -154,20 +134,24 @@ void transpose_columns(const float* columns, int64_t channels, typename I::V fac
   }
 }
 
-// Element `first` and those after it of `out` become the rows, rounded once.
-inline void write_rows(Rows from, int64_t rows, int64_t columns, Element element, void* out,
-                       int64_t first, int64_t pitch) {
-  with_element(element, [&](auto type) {
-    using Type = decltype(type);
-    auto* data = static_cast<typename Type::Stored*>(out) + first;
-    for (int64_t r = 0; r < rows; ++r) {
-      auto* __restrict to = data + r * pitch;
-      const float* __restrict row = from.data + r * from.pitch;
-      for (int64_t c = 0; c < columns; ++c) {
-        to[c] = Type::narrow(row[c]);
+// Rows of `out` that lie `pitch` elements apart become `rows` rows of `from`, rounded once.
+template <typename I>
+void write_rows(Rows from, int64_t rows, int64_t columns, Element element, char* out,
+                int64_t pitch) {
+  const int64_t size = size_of(element);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < columns; c += kLanes) {
+      const typename I::V x = I::load(from.data + r * from.pitch + c);
+      char* to = out + (r * pitch + c) * size;
+      if (c + kLanes <= columns) {
+        narrow<I>(element, x, to);
+      } else {
+        alignas(64) char few[kLanes * 4];
+        narrow<I>(element, x, few);
+        collect(few, 1, columns - c, size, to);
       }
     }
-  });
+  }
 }
 
 }  // namespace

@@ -8,7 +8,7 @@
 #include <optional>
 #include <vector>
 
-#include "vector_math.h"
+#include "float16.h"
 
 namespace {
 
@@ -30,32 +30,38 @@ class Parameter {
     if (!given.has_value()) {
       return;
     }
-    const Tensor& tensor = *given;
-    STD_TORCH_CHECK(tensor.scalar_type() == x.scalar_type() && tensor.is_cpu() &&
-                        tensor.dim() >= 1 && tensor.size(tensor.dim() - 1) == channels &&
-                        (tensor.dim() == 1 || (tensor.dim() == 2 && tensor.size(0) == x.size(0))),
+    const int64_t last = given->dim() - 1;
+    STD_TORCH_CHECK(given->scalar_type() == x.scalar_type() && given->is_cpu() && last >= 0 &&
+                        given->size(last) == channels &&
+                        (last == 0 || (last == 1 && given->size(0) == x.size(0))),
                     "expected parameters of x's dtype, one for each channel");
-    channels_ = channels;
-    samples_ = tensor.dim() == 2 ? tensor.size(0) : 1;
-    const bool dense = channels <= 1 || tensor.stride(tensor.dim() - 1) == 1;
-    const Tensor rows = dense ? tensor : torch::stable::contiguous(tensor);
-    const int64_t bytes = element_bytes(rows.scalar_type());
-    const int64_t step = samples_ > 1 ? rows.stride(0) * bytes : 0;
-    values_.resize(static_cast<size_t>(samples_ * channels));
-    const char* data = static_cast<const char*>(rows.const_data_ptr());
-    for (int64_t n = 0; n < samples_; ++n) {
-      read_floats(rows.scalar_type(), data + n * step, channels, values_.data() + n * channels);
+    const bool dense = channels <= 1 || given->stride(last) == 1;
+    tensor_ = dense ? *given : torch::stable::contiguous(*given);
+    step_ = last == 1 ? tensor_->stride(0) : 0;
+    data_ = static_cast<const float*>(tensor_->const_data_ptr());
+    if (tensor_->scalar_type() != ScalarType::Float) {
+      convert(last == 1 ? tensor_->size(0) : 1, channels);
     }
   }
 
   // Sample n's values, or null where there are none.
-  const float* row(int64_t n) const {
-    return values_.empty() ? nullptr : values_.data() + (samples_ > 1 ? n * channels_ : 0);
-  }
+  const float* row(int64_t n) const { return data_ == nullptr ? nullptr : data_ + n * step_; }
 
  private:
-  int64_t channels_ = 0;
-  int64_t samples_ = 0;
+  void convert(int64_t samples, int64_t channels) {
+    values_.resize(static_cast<size_t>(samples * channels));
+    const auto* data = static_cast<const uint16_t*>(tensor_->const_data_ptr());
+    for (int64_t n = 0; n < samples; ++n) {
+      read_floats(tensor_->scalar_type(), data + n * step_, channels,
+                  values_.data() + n * channels);
+    }
+    step_ = step_ == 0 ? 0 : channels;
+    data_ = values_.data();
+  }
+
+  std::optional<Tensor> tensor_;
+  const float* data_ = nullptr;
+  int64_t step_ = 0;
   std::vector<float> values_;
 };
 

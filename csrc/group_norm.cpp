@@ -13,7 +13,8 @@
 
 namespace {
 
-constexpr int64_t kChunk = 4096;   // values of a chunk, about
+constexpr int64_t kChunk = 8192;   // values of a chunk, about
+constexpr int64_t kTile = 2048;    // values converted at a time on the way out, about
 constexpr int64_t kMinPixels = 8;  // pixels of a chunk, at least
 constexpr int64_t kGrain = 8192;   // values a thread should have at least
 
@@ -36,13 +37,18 @@ struct Arguments {
 };
 
 struct Work {
-  std::vector<float> floats, results, scratch, coefficients;
+  std::vector<float> floats;  // of a chunk, where it is not float32
+  std::vector<float> scratch, coefficients;
+  std::vector<double> merged;
 
-  Work(int64_t pixels, int64_t channels)
-      : floats(static_cast<size_t>(pixels * channels)),
-        results(static_cast<size_t>(pixels * channels)),
-        scratch(static_cast<size_t>(2 * channels)),
-        coefficients(static_cast<size_t>(3 * channels)) {}
+  Work(const Pixels& x, int64_t chunk, int64_t groups)
+      : scratch(static_cast<size_t>(2 * x.channels)),
+        coefficients(static_cast<size_t>(3 * x.channels)),
+        merged(static_cast<size_t>(2 * groups)) {
+    if (x.dtype != ScalarType::Float) {
+      floats.resize(static_cast<size_t>(std::min(chunk, x.pixels) * x.channels));
+    }
+  }
 
   Coefficients by() {
     const int64_t channels = static_cast<int64_t>(coefficients.size()) / 3;
@@ -59,6 +65,7 @@ class GroupNorm {
         out_(out),
         chunk_(std::max(kMinPixels, kChunk / x.channels)),
         chunks_((x.pixels + chunk_ - 1) / chunk_),
+        tile_(std::max<int64_t>(1, kTile / x.channels)),
         moments_(static_cast<size_t>(x.samples * chunks_ * arguments.groups)) {}
 
   void run() {
@@ -77,7 +84,7 @@ class GroupNorm {
       measure(begin, end, /*normalise_too=*/false);
     });
     torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
-      Work work(chunk_, x_.channels);
+      Work work(x_, chunk_, arguments_.groups);
       normalise(begin, end, work);
     });
   }
@@ -85,20 +92,19 @@ class GroupNorm {
  private:
   int64_t pixels_of(int64_t chunk) const { return std::min(chunk_, x_.pixels - chunk * chunk_); }
 
-  // A chunk's values as float32, and the step between its pixels.
-  const float* read(int64_t n, int64_t chunk, Work& work, int64_t& step) const {
-    const char* from = x_.at(n, chunk * chunk_);
+  // Pixels' values as float32, and the step between them.
+  const float* read(int64_t n, int64_t first, int64_t pixels, Work& work, int64_t& step) const {
+    const char* from = x_.at(n, first);
     if (x_.dtype == ScalarType::Float) {
       step = x_.pixel_step;
       return reinterpret_cast<const float*>(from);
     }
-    const int64_t pixels = pixels_of(chunk);
     step = x_.channels;
     if (x_.pixel_step == x_.channels) {
       read_floats(x_.dtype, from, pixels * step, work.floats.data());
     } else {
       for (int64_t p = 0; p < pixels; ++p) {
-        read_floats(x_.dtype, x_.at(n, chunk * chunk_ + p), step, work.floats.data() + p * step);
+        read_floats(x_.dtype, x_.at(n, first + p), step, work.floats.data() + p * step);
       }
     }
     return work.floats.data();
@@ -106,11 +112,11 @@ class GroupNorm {
 
   // Moments of tasks, which are chunks of samples in order.
   void measure(int64_t begin, int64_t end, bool normalise_too) {
-    Work work(chunk_, x_.channels);
+    Work work(x_, chunk_, arguments_.groups);
     for (int64_t task = begin; task < end; ++task) {
       int64_t step = 0;
       const int64_t chunk = task % chunks_;
-      const float* values = read(task / chunks_, chunk, work, step);
+      const float* values = read(task / chunks_, chunk * chunk_, pixels_of(chunk), work, step);
       chunk_moments(values, step, pixels_of(chunk), x_.channels, arguments_.groups,
                     work.scratch.data(), &moments_[task * arguments_.groups]);
       if (normalise_too && chunk == chunks_ - 1) {
@@ -122,62 +128,54 @@ class GroupNorm {
   // The last chunk first: it is what was read last.
   void normalise(int64_t begin, int64_t end, Work& work) {
     int64_t known = -1;
-    const Coefficients by = work.by();
     for (int64_t task = end - 1; task >= begin; --task) {
       const int64_t n = task / chunks_;
       const int64_t chunk = task % chunks_;
       if (n != known) {
-        fill_coefficients(n, by);
+        fill_coefficients(n, work);
         known = n;
       }
-      int64_t step = 0;
-      const float* values = read(n, chunk, work, step);
-      const bool direct = x_.dtype == ScalarType::Float;
-      const int64_t first = (n * x_.pixels + chunk * chunk_) * x_.channels;
-      char* to = out_ + first * element_bytes(x_.dtype);
-      float* results = direct ? reinterpret_cast<float*>(to) : work.results.data();
-      const int64_t pixels = pixels_of(chunk);
-      (arguments_.silu ? apply_silu : apply_affine)(values, step, pixels, x_.channels, by, results);
-      if (!direct) {
-        write_floats(x_.dtype, results, pixels * x_.channels, to);
+      const int64_t end_pixel = chunk * chunk_ + pixels_of(chunk);
+      for (int64_t p = chunk * chunk_; p < end_pixel; p += tile_) {
+        write(n, p, std::min(tile_, end_pixel - p), work);
       }
     }
   }
 
-  // Chan's merging of the chunks' moments, in order and in double, and all that follows from it.
-  void fill_coefficients(int64_t n, const Coefficients& by) const {
-    const int64_t size = x_.channels / arguments_.groups;
-    const float* weight = arguments_.weight.row(n);
-    const float* bias = arguments_.bias.row(n);
-    const float* scale = arguments_.scale.row(n);
-    const float* shift = arguments_.shift.row(n);
-    for (int64_t g = 0; g < arguments_.groups; ++g) {
-      double mean = 0.0, m2 = 0.0, count = 0.0;
-      for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
-        const Moments& part = moments_[(n * chunks_ + chunk) * arguments_.groups + g];
-        const double added = static_cast<double>(pixels_of(chunk) * size);
-        const double distance = part.mean - mean;
-        const double share = added / (count + added);
-        mean = mean + distance * share;
-        m2 = m2 + (part.m2 + distance * distance * (count * share));
-        count += added;
-      }
-      const auto inverse = static_cast<float>(1.0 / std::sqrt(m2 / count + arguments_.eps));
-      for (int64_t c = g * size; c < (g + 1) * size; ++c) {
-        const float factor = scale == nullptr ? 1.0f : 1.0f + scale[c];
-        const float gain = weight == nullptr ? inverse : inverse * weight[c];
-        const float offset = bias == nullptr ? 0.0f : bias[c];
-        by.mean[c] = static_cast<float>(mean);
-        by.gain[c] = gain * factor;
-        by.offset[c] = shift == nullptr ? offset * factor : offset * factor + shift[c];
-      }
+  void write(int64_t n, int64_t first, int64_t pixels, Work& work) const {
+    int64_t step = 0;
+    const float* values = read(n, first, pixels, work, step);
+    char* to = out_ + (n * x_.pixels + first) * x_.channels * element_bytes(x_.dtype);
+    const bool direct = x_.dtype == ScalarType::Float;
+    float* results = direct ? reinterpret_cast<float*>(to) : work.floats.data();
+    const auto apply = arguments_.silu ? apply_silu : apply_affine;
+    apply(values, step, pixels, x_.channels, work.by(), results);
+    if (!direct) {
+      write_floats(x_.dtype, results, pixels * x_.channels, to);
     }
+  }
+
+  // Chan's merging of the chunks' moments, in order and in double, and all that follows from it.
+  void fill_coefficients(int64_t n, Work& work) const {
+    const int64_t groups = arguments_.groups;
+    double* mean = work.merged.data();
+    double* m2 = mean + groups;
+    std::fill(work.merged.begin(), work.merged.end(), 0.0);
+    double count = 0.0;
+    for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
+      const auto added = static_cast<double>(pixels_of(chunk) * (x_.channels / groups));
+      merge(&moments_[(n * chunks_ + chunk) * groups], groups, count, added, mean, m2);
+      count += added;
+    }
+    const Affine by{arguments_.weight.row(n), arguments_.bias.row(n), arguments_.scale.row(n),
+                    arguments_.shift.row(n)};
+    fold(mean, m2, groups, count, arguments_.eps, x_.channels, by, work.by());
   }
 
   const Pixels& x_;
   const Arguments& arguments_;
   char* out_;
-  int64_t chunk_, chunks_;
+  int64_t chunk_, chunks_, tile_;
   std::vector<Moments> moments_;
 };
 

@@ -1,10 +1,11 @@
 // GroupNorm on one chunk of a sample's pixels, float32, channels innermost.
 //
-// Every sum has one order: a channel's even pixels, its odd pixels, then both together; then a
-// group's channels one after the other. kernels/group_norm_silu.py does the same.
+// Every sum has one order: a channel's even pixels, its odd pixels, then both together; then every
+// fourth channel of a group, and those four. kernels/group_norm_silu.py does the same.
 
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "vector_math.h"
@@ -84,13 +85,19 @@ HEATSINK_INLINE void sum_pixels(const float* x, int64_t stride, int64_t pixels, 
   }
 }
 
-// A group's channels are added in order.
+// Four sums of every fourth channel of a group, so that none waits long for the one before.
 HEATSINK_INLINE float sum_group(const float* sums, int64_t size) {
-  float total = 0.0f;
-  for (int64_t j = 0; j < size; ++j) {
-    total += sums[j];
+  float parts[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  int64_t j = 0;
+  for (; j + 4 <= size; j += 4) {
+    for (int64_t k = 0; k < 4; ++k) {
+      parts[k] += sums[j + k];
+    }
   }
-  return total;
+  for (; j < size; ++j) {
+    parts[j % 4] += sums[j];
+  }
+  return (parts[0] + parts[2]) + (parts[1] + parts[3]);
 }
 
 // Mean and M2 of each group of a chunk; `scratch` holds 2 * channels floats.
@@ -113,12 +120,55 @@ HEATSINK_CLONES void chunk_moments(const float* x, int64_t stride, int64_t pixel
   }
 }
 
+// A chunk of `added` values more, to the mean and M2 of `count`.
+HEATSINK_CLONES void merge(const Moments* parts, int64_t groups, double count, double added,
+                           double* __restrict mean, double* __restrict m2) {
+  const double share = added / (count + added);
+  for (int64_t g = 0; g < groups; ++g) {
+    const double distance = parts[g].mean - mean[g];
+    mean[g] = mean[g] + distance * share;
+    m2[g] = m2[g] + (parts[g].m2 + distance * distance * (count * share));
+  }
+}
+
+// Per channel; each may be null.
+struct Affine {
+  const float *weight, *bias, *scale, *shift;
+};
+
 // Per channel: y = (x - mean) * gain + offset.
 struct Coefficients {
   float* mean;
   float* gain;
   float* offset;
 };
+
+// What each channel is to be multiplied with and moved by.
+HEATSINK_CLONES void fold(const double* mean, double* __restrict m2, int64_t groups, double count,
+                          double eps, int64_t channels, const Affine& affine,
+                          const Coefficients& by) {
+  const int64_t size = channels / groups;
+  for (int64_t g = 0; g < groups; ++g) {
+    m2[g] = 1.0 / std::sqrt(m2[g] / count + eps);
+  }
+  for (int64_t g = 0; g < groups; ++g) {
+    std::fill_n(by.mean + g * size, size, static_cast<float>(mean[g]));
+    std::fill_n(by.gain + g * size, size, static_cast<float>(m2[g]));
+  }
+  float* __restrict gain = by.gain;
+  float* __restrict offset = by.offset;
+  for (int64_t c = 0; c < channels; ++c) {
+    gain[c] *= affine.weight == nullptr ? 1.0f : affine.weight[c];
+    offset[c] = affine.bias == nullptr ? 0.0f : affine.bias[c];
+  }
+  for (int64_t c = 0; c < channels && affine.scale != nullptr; ++c) {
+    gain[c] *= 1.0f + affine.scale[c];
+    offset[c] *= 1.0f + affine.scale[c];
+  }
+  for (int64_t c = 0; c < channels && affine.shift != nullptr; ++c) {
+    offset[c] += affine.shift[c];
+  }
+}
 
 template <bool Silu, typename Float, typename Int, typename Word>
 HEATSINK_INLINE void apply_at(const float* x, const Coefficients& by, int64_t c, float* out) {

@@ -11,8 +11,12 @@
 #include <algorithm>
 
 #include "float_tensor.h"
+#include "vector_math.h"
 
 namespace {
+
+typedef float Half __attribute__((vector_size(kLanes * sizeof(float) / 2)));
+typedef float Quarter __attribute__((vector_size(kLanes * sizeof(float) / 4)));
 
 constexpr int64_t kUnrolled = 4;     // vectors summed side by side
 constexpr int64_t kRowGrain = 8192;  // values a thread should have at least
@@ -49,14 +53,15 @@ HEATSINK_INLINE float sum_row(const float* x, int64_t width, float center) {
   sums[0] += sums[2];
   sums[1] += sums[3];
   sums[0] += sums[1];
-  float lanes[kLanes];
-  std::memcpy(lanes, &sums[0], sizeof lanes);
-  for (int64_t width_left = kLanes / 2; width_left > 0; width_left /= 2) {
-    for (int64_t j = 0; j < width_left; ++j) {
-      lanes[j] += lanes[j + width_left];
-    }
-  }
-  return lanes[0];
+  Half low, high;
+  std::memcpy(&low, &sums[0], sizeof low);
+  std::memcpy(&high, reinterpret_cast<const char*>(&sums[0]) + sizeof low, sizeof high);
+  low += high;
+  Quarter first, second;
+  std::memcpy(&first, &low, sizeof first);
+  std::memcpy(&second, reinterpret_cast<const char*>(&low) + sizeof first, sizeof second);
+  first += second;
+  return (first[0] + first[2]) + (first[1] + first[3]);
 }
 
 // The step between rows if they lie evenly with a dense last dimension, else -1.

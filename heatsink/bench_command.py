@@ -17,7 +17,7 @@ app = typer.Typer(no_args_is_help=True, help="Measure on this machine.")
 Device = Annotated[str, typer.Option(help="cuda or cpu; a GPU where there is one if not given")]
 Ops = Annotated[list[str] | None, typer.Option("--op", help="an op; repeatable; all if not given")]
 Cases = Annotated[list[str] | None, typer.Option("--case", help="a case of an op; repeatable")]
-Rounds = Annotated[int, typer.Option(help="samples of each variant; 0: 50 on a GPU, 15 on a CPU")]
+Rounds = Annotated[int, typer.Option(help="samples of each variant; 0: 50 on a GPU, 31 on a CPU")]
 Seconds = Annotated[float | None, typer.Option(help="after which no case is begun")]
 Compile = Annotated[bool, typer.Option(help="measure torch.compile too")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="where kernels.{json,md,png} go")]
@@ -58,7 +58,7 @@ def _print_table(run: Run) -> None:
 
     from heatsink.benchmarks import report
 
-    header, rows = report.filled(run.results)
+    header, rows = report.filled(run.ordered())
     table = Table(title=f"{run.environment['device']}, {run.rounds} rounds")
     for place, column in enumerate(header):
         table.add_column(column, justify="left" if place < 2 else "right", overflow="fold")

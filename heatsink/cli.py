@@ -1,4 +1,4 @@
-"""The command line: `heatsink build`, `generate`, `inspect`, `kernels ...`, `bench ...`."""
+"""The command line: `heatsink build`, `heatsink generate`, `heatsink inspect` and others."""
 
 from __future__ import annotations
 

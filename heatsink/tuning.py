@@ -91,6 +91,7 @@ def tune_here(
         DeviceLost: a kernel's failure took the device with it; what was chosen before is written.
     """
     from heatsink.kernels import tune
+    from heatsink.kernels.precompile import precompile
 
     if not seconds > 0:
         raise InvalidRequest(f"--seconds: expected more than 0, got {seconds:g}")
@@ -110,6 +111,7 @@ def tune_here(
         device,
         tune.device_timer(device),
         deadline=time.monotonic() + seconds,
+        prepare=precompile,
         chosen=take,
         progress=progress,
     )

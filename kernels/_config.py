@@ -65,9 +65,9 @@ def targets(arch: int) -> list[Target]:
     """The targets of an architecture: the default, and each device whose file has keys of it."""
     found = [Target("", arch)]
     for path in sorted(FOLDER.glob("*.json")):
-        ops = json.loads(path.read_text("utf-8")).get("ops", {})
-        archs = {entry["key"].get("arch") for entries in ops.values() for entry in entries}
-        if path.stem != DEFAULT and arch in archs:
+        ops = {} if path.stem == DEFAULT else json.loads(path.read_text("utf-8")).get("ops", {})
+        keys = [entry["key"] for entries in ops.values() for entry in entries]
+        if any(_matches({"arch": key.get("arch", "")}, {"arch": arch}) for key in keys):
             found.append(Target(path.stem, arch))
     return found
 

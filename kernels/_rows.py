@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from heatsink.kernels._launch import ALIGNMENT
+
 # Values of a row that fit in a program's registers.
 MAX_WIDTH = 16384
 
@@ -30,11 +32,30 @@ def power_of_two(count: int) -> int:
     return 1 << max(0, count - 1).bit_length()
 
 
-def dense(x: Tensor | None) -> Tensor | None:
-    """A parameter with dense last dimension; a copy only where it must be."""
-    if x is None or x.stride(-1) == 1 or x.shape[-1] == 1:
-        return x
-    return x.contiguous()
+def settled(x: Tensor) -> Tensor:
+    """`x`, or a copy, so that its strides and address let a kernel be specialised in one way only.
+
+    Triton chooses how many elements a thread loads, and with that the order of sums, by what is
+    divisible by 16. Sums must not depend on where in memory a sample lies or how far from others,
+    so only two forms are let through: dense, and everything divisible.
+    """
+    plain = [1]
+    for size in reversed(x.shape[1:]):
+        plain.insert(0, plain[0] * size)
+    # The stride of a dimension of size 1 means nothing.
+    strides = [
+        p if size == 1 else stride
+        for size, stride, p in zip(x.shape, x.stride(), plain, strict=True)
+    ]
+    even = all(number % ALIGNMENT == 0 for number in (x.shape[-1], *strides[:-1]))
+    if x.data_ptr() % ALIGNMENT == 0 and strides[-1] == 1 and (strides == plain or even):
+        return x.as_strided(x.shape, strides)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
+
+
+def settled_or_none(x: Tensor | None) -> Tensor | None:
+    """`settled` of a parameter that may be left out."""
+    return None if x is None else settled(x)
 
 
 def as_grid(x: Tensor) -> Tensor:
@@ -60,6 +81,15 @@ def as_grid(x: Tensor) -> Tensor:
         merged.insert(0, [1, 0])
     (outer, stride_o), (inner, stride_i) = merged
     return x.as_strided((outer, inner, width), (stride_o, stride_i, 1))
+
+
+def settled_grid(x: Tensor) -> Tensor:
+    """`(..., C)` as `(outer, inner, C)` of which `settled` holds, however many rows there are."""
+    grid = settled(as_grid(x))
+    if not grid.is_contiguous():
+        return grid
+    rows, width = grid.shape[0] * grid.shape[1], grid.shape[2]
+    return grid.as_strided((1, rows, width), (0, width, 1))
 
 
 def sum_rows(x: Tensor) -> Tensor:

@@ -5,10 +5,10 @@ bits depend on layout and threads. Here no operation is anything but an addition
 division, each rounded once, or an integer's.
 
     silu(x) = x / (1 + 2^t),  t = -x * log2(e),  2^t = 2^n * (p + q) / (p - q)
-            = x * (p - q) / ((p - q) + 2^n * (p + q))
+            = x * ((p - q) / ((p - q) + 2^n * (p + q)))
 
 with n the nearest integer to t, f = t - n, p = C2 f^2 + C0 and q = f (f^2 + C1), minimax to 1e-8
-on [-1/2, 1/2]. The result is within 3e-7 * max(1, |silu(x)|).
+on [-1/2, 1/2]. The result is within 3e-7 * max(1, |silu(x)|) for x of magnitude up to 1e28.
 """
 
 from __future__ import annotations
@@ -37,4 +37,4 @@ def silu(x: Tensor) -> Tensor:
     odd = f * (square + _C1)
     below = even - odd
     power = (even + odd).view(torch.int32) + (shifted.view(torch.int32) << 23)
-    return x * below / (below + power.view(torch.float32))
+    return x * (below / (below + power.view(torch.float32)))

@@ -29,7 +29,7 @@ class Failure:
 
 
 def compile_jobs(
-    jobs: Sequence[Job], folder: Path, *, workers: int = 2, progress: Progress | None = None
+    jobs: Sequence[Job], folder: Path, workers: int = 2, progress: Progress | None = None
 ) -> list[Binary | Failure]:
     """Compile jobs in processes of their own.
 

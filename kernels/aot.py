@@ -15,7 +15,7 @@ from heatsink.kernels._compile import Job
 from heatsink.kernels._config import Config, lookup, targets
 from heatsink.kernels._launch import ARCHS, Launch
 from heatsink.kernels._op import Case, Op
-from heatsink.kernels.errors import KernelError
+from heatsink.kernels.errors import KernelError, MissingConfig
 
 _CONSTANTS = (bool, int, float, str, type(None))
 
@@ -111,6 +111,7 @@ def jobs(
     cases: Callable[[Op], Sequence[Case]] = smoke_cases,
     *,
     space: bool = False,
+    missing: list[str] | None = None,
 ) -> dict[str, tuple[Job, list[Use]]]:
     """What the ops' cases need, each binary once.
 
@@ -119,12 +120,13 @@ def jobs(
         archs: the architectures; an op is left out where none of its kernels is written for one.
         cases: which of an op's cases.
         space: also the configurations that the tuner would try, for the smoke cases.
+        missing: takes what has no configuration, instead of an error.
 
     Returns:
         By architecture and launch key: the job, and where its binary is used.
 
     Raises:
-        MissingConfig: if a case has no configuration.
+        MissingConfig: if a case has no configuration and `missing` is not given.
     """
     found: dict[str, tuple[Job, list[Use]]] = {}
     for op in ops:
@@ -133,7 +135,14 @@ def jobs(
                 continue
             for case in cases(op):
                 numbers: dict[str, int] = {}
-                launches = {launch.key(): launch for launch in launches_of(op, case, arch)}
+                try:
+                    planned = launches_of(op, case, arch)
+                except MissingConfig as error:
+                    if missing is None:
+                        raise
+                    missing.append(f"{op.name}/{case.name} sm_{arch}: {error}")
+                    continue
+                launches = {launch.key(): launch for launch in planned}
                 for launch in launches.values():
                     name = launch.kernel.name
                     numbers[name] = numbers.get(name, 0) + 1
@@ -158,6 +167,6 @@ def unreached(ops: Iterable[Op], archs: Sequence[int]) -> list[str]:
     for op in ops:
         for arch in archs:
             wanted = {kernel.name for kernel in op.kernels if arch in kernel.archs}
-            reached = {job.kernel for job, _ in jobs([op], [arch]).values()}
+            reached = {job.kernel for job, _ in jobs([op], [arch], missing=[]).values()}
             missing += [f"{op.name}: {name} on sm_{arch}" for name in sorted(wanted - reached)]
     return missing

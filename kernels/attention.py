@@ -18,15 +18,23 @@ Sources: Milakov and Gimelshein, "Online normalizer calculation for softmax"
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from heatsink.kernels import _native
-from heatsink.kernels._checks import FLOATS, check_shape, check_tensors, short
+from heatsink.kernels._checks import FLOATS, check_tensors, short
 from heatsink.kernels._config import Config, Key, lookup, target_of
-from heatsink.kernels._launch import ALIGNMENT, Kernel, Launch, Value, run
+from heatsink.kernels._heads import (
+    MAX_HEAD_DIM,
+    check_bias,
+    check_heads,
+    check_scale,
+    describable,
+    parts,
+    stride_unit,
+    strides,
+)
+from heatsink.kernels._launch import Kernel, Launch, Value, run
 from heatsink.kernels._op import Case, Inputs, Op, normal
 
 KERNEL = Kernel(
@@ -35,11 +43,14 @@ KERNEL = Kernel(
 WHOLE = Kernel("attention_whole", module="attention_whole", plain=("heads", "seq_q", "seq_k"))
 
 LOG2_E = 1.4426950408889634
-MAX_HEAD_DIM = 256
-VAE_HEAD_DIM = 512
-# Keys that can be held whole, and the most that count as short in configuration keys.
+# The most keys that count as short in configuration keys, and that a tuner tries to hold whole.
 SHORT = 512
-_PRECISIONS = ("tf32", "tf32x3", "ieee")
+_WHOLE_KEYS = 128
+# Where descriptors exist, and as many programs as an H100 or H200 has multiprocessors.
+_TMA_ARCH = 90
+_PROGRAMS = 132
+# How products of fp32 are taken: by `PRECISION` in a configuration.
+_PRECISIONS = ("ieee", "tf32x3")
 
 
 def attention(
@@ -73,69 +84,13 @@ def attention(
     check_heads(q, k, v)
     scale = check_scale(scale, q.shape[-1])
     if bias is not None:
-        check_bias(bias, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
+        shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+        check_bias(bias, shape)
+        bias = bias.expand(shape)
     if q.numel() == 0 or k.numel() == 0:
         return q.new_zeros(q.shape)
     out: Tensor = torch.ops.heatsink.attention(q, k, v, scale, causal, bias)
     return out
-
-
-def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raise ValueError unless the shapes are those of attention and the head dim is in range."""
-    if q.dim() != 4:
-        raise ValueError(f"q: expected (B, Sq, H, D), got shape {tuple(q.shape)}")
-    if k.dim() != 4:
-        raise ValueError(f"k: expected (B, Sk, H, D), got shape {tuple(k.shape)}")
-    batch, _, heads, head_dim = q.shape
-    if not (1 <= head_dim <= MAX_HEAD_DIM or head_dim == VAE_HEAD_DIM):
-        raise ValueError(
-            f"q: expected a head dim of 1 to {MAX_HEAD_DIM}, or {VAE_HEAD_DIM}, got {head_dim}"
-        )
-    check_shape("k", k, (batch, k.shape[1], heads, head_dim))
-    check_shape("v", v, (batch, k.shape[1], heads, head_dim))
-
-
-def check_scale(scale: float | None, head_dim: int) -> float:
-    """The scale to use.
-
-    Raises:
-        ValueError: unless it is None or positive and finite.
-    """
-    if scale is None:
-        return 1.0 / math.sqrt(head_dim)
-    if not 0.0 < scale < math.inf:
-        raise ValueError(f"scale: expected a positive finite number, got {scale}")
-    return float(scale)
-
-
-def check_bias(bias: Tensor, shape: tuple[int, ...]) -> None:
-    """Raise ValueError unless `bias` broadcasts to `shape`."""
-    fits = bias.dim() <= 4 and all(
-        have in (1, want) for have, want in zip(reversed(bias.shape), reversed(shape), strict=False)
-    )
-    if not fits:
-        raise ValueError(
-            f"bias: expected a shape that broadcasts to {shape}, got {tuple(bias.shape)}"
-        )
-
-
-def parts(size: int, split: int, least: int = 16) -> tuple[int, int]:
-    """How a dimension is tiled: a power of two, and a smaller second one or 0.
-
-    Args:
-        size: what must be covered, from 1 on.
-        split: 0 pads to the next power of two instead.
-        least: the smallest tile.
-
-    Returns:
-        `(first, second)`: 80 -> (64, 16), 64 -> (64, 0), 112 -> (128, 0).
-    """
-    padded = max(least, 1 << (size - 1).bit_length())
-    first = padded // 2
-    second = max(least, 1 << (size - first - 1).bit_length()) if first < size else 0
-    if not split or first < least or not 0 < second < first:
-        return padded, 0
-    return first, second
 
 
 def key(
@@ -150,6 +105,7 @@ def key(
     seq_k = k.shape[1]
     return {
         "dtype": short(q.dtype),
+        "bits": 8 * q.element_size(),
         "head_dim": q.shape[3],
         "seq_q": q.shape[1],
         "seq_k": seq_k,
@@ -176,6 +132,7 @@ def plan(
     if bias is not None:
         bias = bias.expand(batch, heads, seq_q, seq_k)
     head_a, head_b = parts(head_dim, config["SPLIT_D"])
+    unit = stride_unit(q, k, v)
     args: dict[str, Value] = {
         "q_ptr": q,
         "k_ptr": k,
@@ -188,19 +145,20 @@ def plan(
         "seq_k": seq_k,
         # Without a bias the scores stay in units of log2.
         "scale": scale * LOG2_E if bias is None else scale,
-        **strides(q, "q", "bmhd"),
-        **strides(k, "k", "bnhd"),
-        **strides(v, "v", "bnhd"),
+        **strides(q, "q", "bmhd", unit),
+        **strides(k, "k", "bnhd", unit),
+        **strides(v, "v", "bnhd", unit),
         **strides(bias, "b", "bhmn"),
     }
     constants = {
         "BLOCK_M": config["BLOCK_M"],
+        "UNIT": unit,
         "HEAD_DIM": head_dim,
         "HEAD_A": head_a,
         "HEAD_B": head_b,
         "HAS_BIAS": bias is not None,
         "CAUSAL": causal,
-        "PRECISION": _PRECISIONS[config.get("PRECISION", 0)],
+        "PRECISION": _PRECISIONS[config["PRECISION"]],
         "UPCAST": q.dtype == torch.bfloat16 and q.device.type == "cpu",
     }
     blocks = -(-seq_q // config["BLOCK_M"])
@@ -223,23 +181,6 @@ def plan(
     return out, [launch]
 
 
-def strides(x: Tensor | None, name: str, dims: str) -> dict[str, Value]:
-    """A tensor's strides as kernel parameters, in the order b, h, m or n, d; None where it is."""
-    by_dim = dict(zip(dims, x.stride() if x is not None else (None,) * 4, strict=True))
-    return {f"stride_{name}{dim}": by_dim[dim] for dim in "bhmnd" if dim in by_dim}
-
-
-def describable(x: Tensor) -> bool:
-    """Whether a TMA descriptor can describe it: a dense last dimension, the rest aligned."""
-    size = x.element_size()
-    aligned = x.device.type == "meta" or x.data_ptr() % ALIGNMENT == 0
-    return (
-        aligned
-        and x.stride(-1) == 1
-        and all(stride * size % ALIGNMENT == 0 and stride > 0 for stride in x.stride()[:-1])
-    )
-
-
 def _attention_triton(
     q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, bias: Tensor | None
 ) -> Tensor:
@@ -254,7 +195,8 @@ def _attention_triton(
 def _attention_torch(
     q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, bias: Tensor | None
 ) -> Tensor:
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    # Dense, because its bits depend on strides.
+    q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
     out: Tensor = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=bias, is_causal=causal, scale=scale
     )
@@ -274,4 +216,99 @@ torch.library.define(
 torch.library.impl("heatsink::attention", "default", _attention_torch)
 torch.library.impl("heatsink::attention", "cuda", _attention_triton)
 torch.library.register_fake("heatsink::attention", _attention_fake)
+
+
+def _case(
+    name: str,
+    queries: int,
+    keys: int,
+    heads: int,
+    head_dim: int,
+    dtype: torch.dtype = torch.float16,
+    causal: bool = False,
+    biased: bool = False,
+) -> Case:
+    def make(device: torch.device) -> Inputs:
+        packed = normal((2, queries, 3, heads, head_dim), dtype, device, seed=1)
+        q, k, v = packed.unbind(2)
+        if keys != queries:
+            k, v = normal((2, keys, 2, heads, head_dim), dtype, device, seed=2).unbind(2)
+        bias = normal((1, 1, queries, keys), dtype, device, seed=3) if biased else None
+        return {"q": q, "k": k, "v": v, "causal": causal, "bias": bias}
+
+    return Case(f"{name}-{queries}x{keys}x{head_dim}-{short(dtype)}", make)
+
+
+_BF16, _FP32 = torch.bfloat16, torch.float32
+_CASES = (
+    _case("sdxl-self", 4096, 4096, 10, 64),
+    _case("sdxl-cross", 4096, 77, 10, 64),
+    _case("sdxl-self", 4096, 4096, 10, 64, _BF16),
+    _case("sdxl-self", 1024, 1024, 20, 64),
+    _case("sdxl-cross", 1024, 77, 20, 64, _BF16),
+    _case("sd15-self", 4096, 4096, 8, 40),
+    _case("sd15-self", 1024, 1024, 8, 80),
+    _case("sd15-self", 256, 256, 8, 160),
+    _case("sd15-self", 64, 64, 8, 160),
+    _case("sd15-cross", 4096, 77, 8, 40),
+    _case("sd15-cross", 1024, 77, 8, 80),
+    _case("sd15-cross", 256, 77, 8, 160),
+    _case("wide-self", 1024, 1024, 8, 96),
+    _case("transformer", 4096, 4096, 24, 128, _BF16),
+    _case("ragged", 4173, 4173, 24, 128, _BF16),
+    _case("text-cross", 4096, 512, 24, 128, _BF16),
+    _case("vae", 4096, 4096, 1, 512),
+    _case("vae", 16384, 16384, 1, 512, _BF16),
+    _case("vae", 4096, 4096, 1, 512, _FP32),
+    _case("clip-causal", 77, 77, 12, 64, causal=True),
+    _case("text-bias", 512, 512, 64, 64, _BF16, biased=True),
+    _case("bundled-self", 64, 64, 8, 32, _FP32),
+    _case("bundled-self", 16, 16, 8, 32, _FP32),
+    _case("bundled-cross", 64, 24, 8, 32, _FP32),
+    _case("bundled-self", 64, 64, 8, 32, _BF16),
+    _case("bundled-self", 16, 16, 8, 32, _BF16),
+    _case("bundled-cross", 64, 24, 8, 32, _BF16),
+)
+
+
+def _space(key: Key, arch: int) -> list[Config]:
+    """Block sizes, and on Hopper and later descriptors and persistent programs."""
+    shared = {"SPLIT_D": 1, "SPLIT_N": 1, "BLOCKS": 1, "PROGRAMS": 0, "TMA": 0, "WHOLE": 0}
+    shared["PRECISION"] = 0
+    blocks = [
+        {**shared, "BLOCK_M": m, "BLOCK_N": n, "warps": warps, "stages": stages, "SPLIT_D": split}
+        for m in (32, 64, 128)
+        for n in (32, 64, 128)
+        for warps in (4, 8)
+        for stages in (2, 3)
+        for split in (0, 1)
+    ]
+    if arch >= _TMA_ARCH:
+        blocks += [
+            {**config, "TMA": tma, "PROGRAMS": programs}
+            for config in blocks
+            for tma, programs in ((1, 0), (0, _PROGRAMS), (1, _PROGRAMS))
+        ]
+    if int(key["seq_k"]) <= _WHOLE_KEYS and int(key["head_dim"]) <= MAX_HEAD_DIM:
+        blocks += [
+            {**shared, "WHOLE": 1, "BLOCK_M": m, "BLOCKS": n, "SPLIT_N": split, "BLOCK_N": 16}
+            | {"warps": warps, "stages": 1}
+            for m in (16, 32, 64, 128)
+            for n in (1, 2, 4)
+            for split in (0, 1)
+            for warps in (4, 8)
+        ]
+    return blocks
+
+
+OP = Op(
+    name="attention",
+    public=attention,
+    kernels=(KERNEL, WHOLE),
+    cases=_CASES,
+    key=key,
+    plan=plan,
+    space=_space,
+    smoke=("sdxl-self-4096x4096x64-fp16", "sdxl-cross-4096x77x64-fp16"),
+)
 _native.load()

@@ -8,6 +8,8 @@ from heatsink.kernels._op import Op
 
 # Modules of this package, each with an `OP`.
 MODULES = (
+    "attention",
+    "attention_fp8",
     "fingerprint",
     "geglu",
     "group_norm_silu",

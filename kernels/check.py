@@ -20,6 +20,8 @@ from heatsink.kernels._resources import Row, Table, over_limits, used
 from heatsink.kernels._sources import digest_of
 from heatsink.kernels._workers import Failure, Progress, compile_jobs
 
+_PART = 64
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -85,12 +87,12 @@ def check(
         progress: called with a description, the number done and the number in all.
 
     Raises:
-        MissingConfig: if a case has no configuration.
         MissingTriton: if Triton is not installed.
     """
     table = Table.read() if table is None else table
     triton = triton_version()
-    found = list(aot.jobs(ops, archs, cases, space=space).values())
+    missing: list[str] = []
+    found = list(aot.jobs(ops, archs, cases, space=space, missing=missing).values())
     results, compiled = _binaries([job for job, _ in found], triton, record, workers, progress)
     verdicts = [
         _judge(job, tuple(uses), result, table, table.triton == triton)
@@ -101,6 +103,7 @@ def check(
         for verdict in verdicts
         for problem in verdict.problems
     ]
+    problems += missing
     problems += [f"{text}: no smoke case reaches it" for text in aot.unreached(ops, archs)]
     rows = {
         name_of(use): verdict.row
@@ -121,7 +124,7 @@ def uses_of_all(ops: Iterable[Op], archs: Sequence[int], table: Table) -> set[st
         for name in table.rows
         if name.split("/")[0] not in names or int(name.rpartition("sm_")[2]) not in archs
     }
-    mine = aot.jobs(ops, archs, lambda op: op.cases)
+    mine = aot.jobs(ops, archs, lambda op: op.cases, missing=[])
     return others | {name_of(use) for _, uses in mine.values() for use in uses}
 
 
@@ -148,18 +151,22 @@ def _binaries(
 ) -> tuple[list[Binary | Failure], int]:
     """A binary for each job, from the record or compiled, and how many were compiled."""
     names = [identity(job, triton) for job in jobs]
-    known = _read(record)
-    missing = [job for name, job in zip(names, jobs, strict=True) if name not in known]
-    fresh: dict[str, Binary | Failure] = {}
-    with tempfile.TemporaryDirectory(prefix="heatsink-") as folder:
-        results = compile_jobs(missing, Path(folder), workers=workers, progress=progress)
-    for job, result in zip(missing, results, strict=True):
-        fresh[identity(job, triton)] = result
-    if record is not None:
-        good = {name: result for name, result in fresh.items() if isinstance(result, Binary)}
-        _write(record, {**known, **good})
-    both: dict[str, Binary | Failure] = {**known, **fresh}
-    return [both[name] for name in names], len(missing)
+    known: dict[str, Binary | Failure] = {**_read(record)}
+    missing = [(name, job) for name, job in zip(names, jobs, strict=True) if name not in known]
+    for start in range(0, len(missing), _PART):
+
+        def shown(what: str, done: int, total: int, start: int = start) -> None:
+            if progress:
+                progress(what, start + done, len(missing))
+
+        part = missing[start : start + _PART]
+        with tempfile.TemporaryDirectory(prefix="heatsink-") as folder:
+            results = compile_jobs([job for _, job in part], Path(folder), workers, shown)
+        known |= zip((name for name, _ in part), results, strict=True)
+        # Part by part, so that what is broken off goes on from there.
+        if record is not None:
+            _write(record, known)
+    return [known[name] for name in names], len(missing)
 
 
 def _read(record: Path | None) -> dict[str, Binary]:
@@ -169,9 +176,9 @@ def _read(record: Path | None) -> dict[str, Binary]:
     return {name: binary_from(fields) for name, fields in found.items()}
 
 
-def _write(record: Path, binaries: dict[str, Binary]) -> None:
+def _write(record: Path, results: dict[str, Binary | Failure]) -> None:
     record.parent.mkdir(parents=True, exist_ok=True)
     temporary = record.with_suffix(".partial")
-    text = json.dumps({name: asdict(binary) for name, binary in binaries.items()}, indent=0)
-    temporary.write_text(text, "utf-8")
+    good = {name: asdict(found) for name, found in results.items() if isinstance(found, Binary)}
+    temporary.write_text(json.dumps(good, indent=0), "utf-8")
     temporary.replace(record)

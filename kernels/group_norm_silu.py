@@ -6,16 +6,17 @@
 
 Mean and variance are a sample's over a group of channels and all pixels. Layout: `(N, C, ...)` in
 channels_last memory, as views of `(N, H, W, C)` are; pixels may lie further apart than C, as in a
-part of a concatenation. Any other strides cost a copy. fp16, bf16, fp32; inside all is fp32, with
-one rounding at the end. Variance is taken about the mean, never as a difference of squares.
+part of a concatenation. Any other strides cost a copy, as does what `_rows.settled` refuses. fp16,
+bf16, fp32; inside all is fp32, with one rounding at the end. Variance is taken about the mean,
+never as a difference of squares.
 
 Triton, sm_80 and later. What must move is every value once in and once out, 2 * size.
 - Where a sample's pixels of a few groups fit in a program's registers, one launch moves just that.
-- Elsewhere three: moments of chunks of pixels (reads size), per-sample coefficients (reads 8 bytes
-  a channel and chunk: 1 / 64 of size for fp16 and chunks of 256), and the normalisation (reads and
+- Elsewhere three: moments of chunks of pixels (reads size), per-sample coefficients (from 8 bytes
+  a channel and chunk, 1 / 64 of size for fp16 and chunks of 256), and the normalisation (reads and
   writes size), which goes backwards, so that what the first launch read last comes from the L2.
-  So 3 * size, of which a third at most is read from the L2. Taking both passes of a sample in one
-  cooperative launch would let the L2 serve a whole sample whatever the batch; it is not written.
+  So 3 * size, of which the L2 serves what it can hold of the second reading. Both passes of a
+  sample in one cooperative launch would let it serve whole samples in any batch: an experiment.
 
 CPU: C++, or the same bits in PyTorch operations (`_pixels.py`), which serve other devices too.
 
@@ -33,12 +34,15 @@ from heatsink.kernels._config import Config, Key, lookup, target_of
 from heatsink.kernels._launch import Kernel, Launch, Value, run
 from heatsink.kernels._op import Case, Inputs, Op, normal
 from heatsink.kernels._pixels import as_pixels, empty_like_pixels, group_norm_torch
-from heatsink.kernels._rows import dense, power_of_two
+from heatsink.kernels._rows import power_of_two, settled, settled_or_none
 
-_SIZES = ("pixels", "groups", "group_size")
-WHOLE = Kernel("group_norm_whole", module="group_norm_silu", plain=_SIZES)
+WHOLE = Kernel("group_norm_whole", module="group_norm_silu", plain=("pixels", "groups"))
 MOMENTS = Kernel("group_norm_moments", module="group_norm_silu", plain=("pixels", "chunks"))
-FINISH = Kernel("group_norm_finish", module="group_norm_silu", plain=(*_SIZES, "chunks"))
+FINISH = Kernel(
+    "group_norm_finish",
+    module="group_norm_silu",
+    plain=("pixels", "chunks", "groups", "group_size"),
+)
 APPLY = Kernel("group_norm_apply", module="group_norm_silu", plain=("pixels",))
 
 # Channels side by side that a program of the one-launch path takes, where groups are narrow.
@@ -139,11 +143,11 @@ def plan(
     out = empty_like_pixels(x)
     if x.numel() == 0:
         return out, []
-    pixels = as_pixels(x)
-    scale, shift = dense(scale), dense(shift)
+    pixels = settled(as_pixels(x))
+    scale, shift = settled_or_none(scale), settled_or_none(shift)
     given: dict[str, Value] = {
-        "weight_ptr": dense(weight),
-        "bias_ptr": dense(bias),
+        "weight_ptr": settled_or_none(weight),
+        "bias_ptr": settled_or_none(bias),
         "scale_ptr": scale,
         "shift_ptr": shift,
     }
@@ -163,6 +167,8 @@ def _whole(
     silu: bool,
 ) -> Launch:
     samples, pixels, channels = x.shape
+    if pixels * x.stride(1) >= 2**31:
+        x = x.contiguous()
     group_size = channels // groups
     together = _groups_together(groups, group_size)
     return Launch(
@@ -175,13 +181,13 @@ def _whole(
             "pixels": pixels,
             "channels": channels,
             "groups": groups,
-            "group_size": group_size,
             "stride_xn": x.stride(0),
             "stride_xp": x.stride(1),
             **tail,
         },
         constants={
             "GROUPS": together,
+            "GROUP_SIZE": group_size,
             "BLOCK_G": power_of_two(together),
             "BLOCK_P": power_of_two(pixels),
             "BLOCK_C": power_of_two(together * group_size),
@@ -312,7 +318,7 @@ def _case(
 
 
 def _space(key: Key, arch: int) -> list[Config]:
-    whole = [{"WHOLE": 1, "warps": n} for n in (4, 8, 16)]
+    whole = [{"WHOLE": 1, "warps": n} for n in (4, 8, 16, 32)]
     chunked = [
         {"WHOLE": 0, "CHUNK": c, "BLOCK_P": p, "BLOCK_C": w, "BLOCK_K": 32, "warps": n}
         for c in (128, 256, 512, 1024)

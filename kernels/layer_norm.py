@@ -23,11 +23,11 @@ from heatsink.kernels._config import Config, Key, lookup, target_of
 from heatsink.kernels._launch import Kernel, Launch, run
 from heatsink.kernels._op import Case, Inputs, Op, normal
 from heatsink.kernels._rows import (
-    as_grid,
     check_rows,
-    dense,
     inverse_root,
     power_of_two,
+    settled_grid,
+    settled_or_none,
     sum_rows,
 )
 
@@ -94,16 +94,16 @@ def plan(
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return out, []
-    grid = as_grid(x)
+    grid = settled_grid(x)
     outer, inner, width = grid.shape
-    scale, shift = dense(scale), dense(shift)
+    scale, shift = settled_or_none(scale), settled_or_none(shift)
     launch = Launch(
         KERNEL,
         grid=(-(-outer * inner // config["BLOCK_R"]), 1, 1),
         args={
             "x_ptr": grid,
-            "weight_ptr": dense(weight),
-            "bias_ptr": dense(bias),
+            "weight_ptr": settled_or_none(weight),
+            "bias_ptr": settled_or_none(bias),
             "scale_ptr": scale,
             "shift_ptr": shift,
             "out_ptr": out,

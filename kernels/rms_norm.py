@@ -23,11 +23,11 @@ from heatsink.kernels._config import Config, Key, lookup, target_of
 from heatsink.kernels._launch import Kernel, Launch, run
 from heatsink.kernels._op import Case, Inputs, Op, normal
 from heatsink.kernels._rows import (
-    as_grid,
     check_rows,
-    dense,
     inverse_root,
     power_of_two,
+    settled_grid,
+    settled_or_none,
     sum_rows,
 )
 
@@ -70,14 +70,14 @@ def plan(
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return out, []
-    grid = as_grid(x)
+    grid = settled_grid(x)
     outer, inner, width = grid.shape
     launch = Launch(
         KERNEL,
         grid=(-(-outer * inner // config["BLOCK_R"]), 1, 1),
         args={
             "x_ptr": grid,
-            "weight_ptr": dense(weight),
+            "weight_ptr": settled_or_none(weight),
             "out_ptr": out,
             "rows": outer * inner,
             "inner": inner,

@@ -2,7 +2,8 @@
 
 On CUDA each sample is one call between two events, after a write that evicts the L2 cache and a
 wait on the device during which the host queues the call: what is timed is the device's work. On
-the CPU a sample is as many calls as fill a few milliseconds, divided by their number.
+the CPU a sample is as many calls as fill a millisecond, divided by their number: long for the
+clock, and short enough that most samples fall between two interruptions of a busy machine.
 """
 
 from __future__ import annotations
@@ -18,10 +19,9 @@ from typing import Any
 import torch
 
 MIB = 1 << 20
-# Cycles that the device waits while the host queues a call: about 0.1 ms.
-_HEAD_START = 200_000
-# Shorter samples on the CPU would be noise of the clock and of the scheduler.
-_SAMPLE_SECONDS = 0.004
+# Cycles that the device waits while the host queues a call: about half a millisecond.
+_HEAD_START = 1_000_000
+_SAMPLE_SECONDS = 0.001
 _MAX_CALLS = 10_000
 
 

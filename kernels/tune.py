@@ -8,9 +8,10 @@ is data for `configs/<device>.json` (`tuning_file` makes it), which `_config.loo
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,8 @@ Timer = Callable[[Sequence[Sequence[Launch]], int], list[float]]
 QUICK_ROUNDS = 10
 FINAL_ROUNDS = 50
 FINALISTS = 4
+# Configurations that are compiled ahead together.
+CHUNK = 32
 # A configuration must beat the default by this, or the default stays: less is noise.
 MARGIN = 0.02
 
@@ -130,18 +133,21 @@ def tune(
     timer: Timer,
     *,
     deadline: float,
+    prepare: Callable[[Sequence[Launch]], None] = lambda launches: None,
     chosen: Callable[[Choice], None] = lambda choice: None,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> list[Choice]:
     """Choose a configuration for every group that the time allows.
 
-    Each group may spend an equal part of the time that is left when its turn comes.
+    Each group may spend a part of the time that is left when its turn comes: parts are as the
+    square roots of how many configurations the groups try, between equal and proportional.
 
     Args:
         found: from `groups`.
         device: where inputs are made and kernels run.
         timer: times launches.
         deadline: a reading of `time.monotonic`.
+        prepare: called with launches, without memory, that will be tried soon.
         chosen: called with each choice as it is made.
         progress: called with (what, done, total).
 
@@ -152,13 +158,14 @@ def tune(
         DeviceLost: if a kernel's failure took the device with it; nothing can be tried after it.
     """
     choices = []
+    weights = [math.sqrt(1 + len(group.others)) for group in found]
     for place, group in enumerate(found):
         progress("tuning", place, len(found))
         left = deadline - time.monotonic()
         if left <= 0:
             break
-        until = time.monotonic() + left / (len(found) - place)
-        choice = _tune_group(group, device, timer, until)
+        until = time.monotonic() + left * weights[place] / sum(weights[place:])
+        choice = _tune_group(group, device, timer, prepare, until)
         choices.append(choice)
         chosen(choice)
     progress("tuning", len(found), len(found))
@@ -177,7 +184,13 @@ class _Case:
 Race = list[tuple[float, dict[str, float]]]
 
 
-def _tune_group(group: Group, device: torch.device, timer: Timer, until: float) -> Choice:
+def _tune_group(
+    group: Group,
+    device: torch.device,
+    timer: Timer,
+    prepare: Callable[[Sequence[Launch]], None],
+    until: float,
+) -> Choice:
     choice = Choice(group.op.name, group.key, group.default, group.default)
     try:
         cases = [_open_case(group, case, device) for case in group.cases]
@@ -186,7 +199,10 @@ def _tune_group(group: Group, device: torch.device, timer: Timer, until: float) 
         choice.error = f"the default configuration: {one_line(error)}"
         return choice
     scored: list[tuple[float, Config]] = []
-    for config in group.others:
+    others = distinct(group)
+    for place, config in enumerate(others):
+        if place % CHUNK == 0:
+            prepare(list(_launches(group, others[place : place + CHUNK])))
         if time.monotonic() >= until:
             choice.complete = False
             break
@@ -206,6 +222,43 @@ def _tune_group(group: Group, device: torch.device, timer: Timer, until: float) 
     choice.config = [group.default, *finalists][best]
     choice.seconds, choice.default_seconds = race[best][1], race[0][1]
     return choice
+
+
+def distinct(group: Group) -> list[Config]:
+    """The group's other configurations, without those that launch what an earlier one does.
+
+    Those that differ from the default in the fewest parameters come first: a limit on time then
+    leaves the default's neighbourhood searched, not a corner of the space.
+    """
+    seen = {_signature(group, group.default)}
+    kept = []
+    for config in group.others:
+        signature = _signature(group, config)
+        # What can't be planned is kept: trying it gives the reason.
+        if signature is None or signature not in seen:
+            kept.append(config)
+        seen.add(signature)
+    return sorted(kept, key=lambda config: _distance(config, group.default))
+
+
+def _distance(config: Config, default: Config) -> int:
+    """In how many parameters two configurations differ."""
+    return len({name for name, _ in config.items() ^ default.items()})
+
+
+def _signature(group: Group, config: Config) -> tuple[object, ...] | None:
+    """What a configuration launches for the group's cases; None where it can't be planned."""
+    launches = list(_launches(group, [config]))
+    return tuple((one.key(), one.grid) for one in launches) or None
+
+
+def _launches(group: Group, configs: Sequence[Config]) -> Iterator[Launch]:
+    """What configurations launch, on the meta device; those that can't be planned are left out."""
+    for case in group.cases:
+        inputs = case.make(torch.device("meta"))
+        for config in configs:
+            with contextlib.suppress(*failures()):
+                yield from group.op.plan(config, **inputs)[1]
 
 
 def _open_case(group: Group, case: Case, device: torch.device) -> _Case:
@@ -234,7 +287,7 @@ def _race(
         for config in entrants:
             outputs, launches = group.op.plan(config, **opened.inputs)
             run(launches)
-            check(group.op, tensors(outputs), opened.expected)
+            check(group.op, group.key, tensors(outputs), opened.expected)
             plans.append(launches)
         for place, value in enumerate(timer(plans, rounds)):
             seconds[place][opened.name] = value

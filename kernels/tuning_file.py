@@ -1,10 +1,12 @@
 """What `configs/<device>.json` holds after tuning: the choices, with their times, and their origin.
 
-    {"source": {"device": ..., "runs": {when: {"driver": ..., "torch": ..., "triton": ...}}},
+    {"arch": 90,
+     "source": {"device": ..., "runs": {when: {"driver": ..., "torch": ..., "triton": ...}}},
      "ops": {op: [{"key": {..., "arch": 90}, "config": {...}, "run": when, "microseconds": {...},
                    "default_microseconds": {...}, ...}]}}
 
-A later run replaces what it tuned again and keeps the rest.
+`arch` tells the ahead-of-time compiler for which architecture to compile these. A later run
+replaces what it tuned again and keeps the rest.
 """
 
 from __future__ import annotations
@@ -48,6 +50,7 @@ def merge(
     runs = {**old["source"]["runs"], when: dict(versions)}
     used = {entry["run"] for entries in ops.values() for entry in entries}
     return {
+        "arch": arch,
         "source": {
             "device": device,
             "runs": {name: run for name, run in runs.items() if name in used},

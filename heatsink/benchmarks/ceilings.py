@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from heatsink.benchmarks.check import refusals
 from heatsink.benchmarks.family import Cost, LeftOut
@@ -20,6 +21,7 @@ from heatsink.kernels.timing import Spread, Timed, interleaved
 from heatsink.kernels.tuning_gate import check_device, one_line
 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+ALL = (*_DTYPES, "fp8", "int8")
 _ROUNDS = 15
 
 
@@ -41,17 +43,16 @@ class Ceilings:
 
     def least_seconds(self, cost: Cost) -> float:
         """How long the slowest part of the work takes at these rates; 0 if none is known."""
-        parts = [cost.bytes / self.copy]
-        if cost.flops and cost.dtype in self.products:
-            parts.append(cost.flops / self.products[cost.dtype])
+        # Products of all dtypes share the tensor cores; what was not measured bounds nothing.
+        rates = self.products
+        products = sum(n / rates[dtype] for dtype, n in cost.flops.items() if dtype in rates)
+        parts = [cost.bytes / self.copy, products]
         if cost.exponentials and self.exponentials:
             parts.append(cost.exponentials / self.exponentials)
         return max(parts)
 
 
-def measure(
-    device: torch.device, dtypes: Sequence[str] = ("fp16", "bf16", "fp32", "fp8")
-) -> Ceilings:
+def measure(device: torch.device, dtypes: Sequence[str] = ALL) -> Ceilings:
     """Measure every ceiling on a device; on the CPU with small problems and no exponentials."""
     cuda = device.type == "cuda"
     left_out: list[LeftOut] = []
@@ -93,35 +94,30 @@ def _copy(device: torch.device, size: int) -> float:
 
 
 def _product(dtype: str, side: int, device: torch.device) -> float:
-    if dtype == "fp8":
-        call = _fp8_product(side, device)
-    else:
-        generator = torch.Generator(device).manual_seed(1)
-        # Values matter: a device that draws less power on zeros runs faster on them.
-        a, b = (
-            torch.randn(side, side, generator=generator, device=device).to(_DTYPES[dtype])
-            for _ in range(2)
-        )
-
-        def call() -> Any:
-            return torch.mm(a, b)
-
+    generator = torch.Generator(device).manual_seed(1)
+    # Values matter: a device that draws less power on zeros runs faster on them.
+    a, b = (torch.randn(side, side, generator=generator, device=device) for _ in range(2))
+    makers = {"fp8": _fp8_product, "int8": _int8_product}
+    call = makers[dtype](a, b) if dtype in makers else _plain_product(a, b, _DTYPES[dtype])
     return 2 * side**3 / _fastest(call, device)
 
 
-def _fp8_product(side: int, device: torch.device) -> Callable[[], Any]:
-    if device.type != "cuda":
-        raise NotImplementedError("fp8 products are measured only on CUDA")
-    generator = torch.Generator(device).manual_seed(1)
-    a, b = (
-        torch.randn(side, side, generator=generator, device=device).to(torch.float8_e4m3fn)
-        for _ in range(2)
-    )
-    one = torch.ones((), device=device)
-    # PyTorch has no public product of fp8 matrices.
-    return lambda: torch._scaled_mm(
-        a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=False
-    )
+def _plain_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
+    a, b = a.to(dtype), b.to(dtype)
+    return lambda: torch.mm(a, b)
+
+
+# PyTorch has public names for neither of these products.
+def _fp8_product(a: Tensor, b: Tensor) -> Callable[[], Tensor]:
+    a, b = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t()
+    one = torch.ones((), device=a.device)
+    return lambda: torch._scaled_mm(a, b, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+
+
+def _int8_product(a: Tensor, b: Tensor) -> Callable[[], Tensor]:
+    a, b = ((32 * x).clamp(-127, 127).to(torch.int8) for x in (a, b))
+    b = b.t()
+    return lambda: torch._int_mm(a, b)
 
 
 def _exponentials(device: torch.device) -> float:

@@ -19,8 +19,6 @@ from heatsink.kernels._op import Inputs
 from heatsink.kernels.errors import KernelError
 from heatsink.kernels.tuning_gate import failures, tensors
 
-APPROXIMATE = 0.05
-
 
 class Disagrees(KernelError):
     """A variant's result is not the reference's."""
@@ -61,8 +59,12 @@ class Reference:
         ]
         return cls(exact, allowed)
 
-    def check(self, outputs: Sequence[Tensor], approximate: bool) -> tuple[float, float]:
+    def check(self, outputs: Sequence[Tensor], tolerance: float = 0.0) -> tuple[float, float]:
         """The largest absolute and relative error.
+
+        Args:
+            outputs: a variant's, in the op's layout.
+            tolerance: of the relative error; 0 for the house's budget.
 
         Raises:
             Disagrees: if one is beyond what is allowed, or a shape or an integer is another.
@@ -77,9 +79,9 @@ class Reference:
                 continue
             error, share = _max_error(out, wanted), _relative_error(out, wanted)
             # Written so that a NaN does not pass.
-            if approximate and not share <= APPROXIMATE:
-                raise Disagrees(f"relative error {share:.2e}, allowed {APPROXIMATE:.2e}")
-            if not approximate and not error <= allowed:
+            if tolerance and not share <= tolerance:
+                raise Disagrees(f"relative error {share:.2e}, allowed {tolerance:.2e}")
+            if not tolerance and not error <= allowed:
                 raise Disagrees(f"error {error:.2e}, allowed {allowed:.2e}")
             largest, relative = max(largest, error), max(relative, share)
         return largest, relative
@@ -96,7 +98,7 @@ def make_ready(variant: Variant, inputs: Inputs, reference: Reference) -> Ready:
         outputs = tensors(variant.view(call()))
     if not variant.comparable:
         return Ready(variant, call, None, None)
-    return Ready(variant, call, *reference.check(outputs, variant.approximate))
+    return Ready(variant, call, *reference.check(outputs, variant.tolerance))
 
 
 def refusals() -> tuple[type[BaseException], ...]:

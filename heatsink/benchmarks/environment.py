@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
 import platform
+import shutil
 import subprocess
 from importlib import metadata
 from typing import Any
@@ -37,6 +39,10 @@ def environment() -> dict[str, Any]:
         "left_out": left_out,
         "processor": processor(),
         "threads": torch.get_num_threads(),
+        "processors": len(os.sched_getaffinity(0)),
+        "compiler": compiler(),
+        # Of the last minute, before anything is measured: what else the machine does.
+        "load": round(os.getloadavg()[0], 2),
         **_cuda(),
     }
 
@@ -78,6 +84,13 @@ def driver() -> str:
     except (OSError, subprocess.SubprocessError):
         return "absent"
     return done.stdout.split("\n")[0].strip() or "absent"
+
+
+def compiler() -> str:
+    """The C compiler that Triton builds its launchers with, by name, or `absent`."""
+    wanted = [os.environ.get("CC", ""), "gcc", "clang", "cc"]
+    found = next((name for name in wanted if name and shutil.which(name)), "absent")
+    return os.path.basename(found)
 
 
 def versions() -> dict[str, str]:

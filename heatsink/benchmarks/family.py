@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,7 +30,8 @@ class Variant:
             memory layout, compiling) is done here.
         view: the outputs in the op's layout, for the check; not timed.
         scope: entered around calls, outside what is timed.
-        approximate: computed with fewer bits than the inputs have, so checked less tightly.
+        tolerance: of the relative error in the 2-norm, where it computes with fewer bits than its
+            inputs have; 0 where the house's budget holds.
         comparable: False where the values are other ones by design, as a generator's of its own.
     """
 
@@ -38,7 +39,7 @@ class Variant:
     prepare: Callable[[Inputs], Callable[[], Any]]
     view: Callable[[Any], Any] = same
     scope: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
-    approximate: bool = False
+    tolerance: float = 0.0
     comparable: bool = True
 
 
@@ -56,15 +57,14 @@ class Cost:
 
     Attributes:
         bytes: every input read once and every output written once.
-        flops: additions and multiplications of matrix products.
+        flops: additions and multiplications of matrix products, by the dtype that they are in:
+            `fp16`, `bf16`, `fp32`, `fp8` or `int8`.
         exponentials: calls of exp.
-        dtype: of the matrix products: `fp16`, `bf16`, `fp32` or `fp8`.
     """
 
     bytes: int
-    flops: int = 0
+    flops: Mapping[str, int] = field(default_factory=dict)
     exponentials: int = 0
-    dtype: str = ""
 
 
 def compulsory_bytes(inputs: Inputs, outputs: Any) -> int:
@@ -106,7 +106,7 @@ class Family:
         bundled: cases at the bundled model's shapes, for the CPU, beside those that the op names.
         exact: the reference from float64 inputs, where it is not `eager`.
         widen: the inputs of the reference; as they are where they stand for bits, not for values.
-        approximate: whether the op itself computes with fewer bits than its inputs have.
+        tolerance: the op's own, as a variant's, from the inputs.
     """
 
     eager: Callable[..., Any]
@@ -115,7 +115,7 @@ class Family:
     bundled: tuple[Case, ...] = ()
     exact: Callable[..., Any] | None = None
     widen: Callable[[Inputs], Inputs] = to_float64
-    approximate: bool = False
+    tolerance: Callable[[Inputs], float] = lambda inputs: 0.0
 
     def reference(self, inputs: Inputs) -> list[Tensor]:
         """The outputs in float64."""

@@ -21,7 +21,7 @@ from heatsink.runtime.errors import InvalidRequest
 from heatsink.runtime.files import make_folder, write_whole
 from heatsink.tuning import select
 
-ROUNDS = {"cuda": 50, "cpu": 15}
+ROUNDS = {"cuda": 50, "cpu": 31}
 Progress = Callable[[str, int, int], None]
 
 
@@ -59,13 +59,17 @@ class Run:
 
     def unreached(self) -> list[str]:
         """The cases that the time did not reach."""
-        rest = self.plan.cases[len(self.results) :]
+        rest = self.plan.by_turns()[len(self.results) :]
         return [f"{op.name} {case.name}" for op, _, case in rest]
+
+    def ordered(self) -> list[CaseResult]:
+        """The results op by op."""
+        return self.plan.in_order(self.results)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return report.as_dict(
-            self.results,
+            self.ordered(),
             environment=self.environment,
             ceilings=self.ceilings,
             rounds=self.rounds,
@@ -74,8 +78,12 @@ class Run:
         )
 
     def notes(self) -> list[str]:
-        """What is not in the table, and why."""
-        return report.notes(self.results, self.plan.left_out, self.unreached())
+        """What a reader of the table must know: what is not in it and why, and a busy machine."""
+        lines = report.notes(self.ordered(), self.plan.left_out, self.unreached())
+        load, processors = self.environment["load"], self.environment["processors"]
+        if self.device.type == "cpu" and load > processors:
+            lines.append(f"the machine was busy: a load of {load:g} on {processors} processors")
+        return lines
 
 
 def pick_device(name: str) -> torch.device:
@@ -157,7 +165,9 @@ def write(run: Run, out: Path) -> list[Path]:
     """Write `kernels.json`, `kernels.md` and, where Matplotlib is there, `kernels.png`."""
     make_folder(out)
     text = json.dumps(run.as_dict(), indent=2) + "\n"
-    table = report.markdown(run.results) + "\n\n" + "\n".join(f"- {n}" for n in run.notes()) + "\n"
+    table = (
+        report.markdown(run.ordered()) + "\n\n" + "\n".join(f"- {n}" for n in run.notes()) + "\n"
+    )
     paths = [out / "kernels.json", out / "kernels.md"]
     for path, content in zip(paths, (text, table), strict=True):
         write_whole(path, lambda file, content=content: file.write(content.encode()))  # type: ignore[misc]
@@ -170,9 +180,9 @@ def picture(run: Run, path: Path) -> list[Path]:
         return []
     where = run.environment["device"]
     if where == "cpu":
-        where = f"{run.environment['processor']}, {run.environment['threads']} threads"
+        where = f"{run.environment['processor']}, threads: {run.environment['threads']}"
     try:
-        report.plot(run.results, path, f"{where}, {run.rounds} rounds")
+        report.plot(run.ordered(), path, f"{where}, {run.rounds} rounds")
     except ImportError:
         return []
     return [path]

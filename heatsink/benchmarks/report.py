@@ -60,7 +60,7 @@ def _time(seconds: Spread) -> str:
 
 def _rate(cost: Cost, seconds: Spread) -> str:
     if cost.flops:
-        return f"{cost.flops / seconds.median / 1e12:.0f} TFLOP/s"
+        return f"{sum(cost.flops.values()) / seconds.median / 1e12:.0f} TFLOP/s"
     return f"{cost.bytes / seconds.median / 1e9:.0f} GB/s"
 
 
@@ -99,6 +99,7 @@ def filled(results: Sequence[CaseResult]) -> tuple[list[str], list[list[str]]]:
 
 def plot(results: Sequence[CaseResult], path: Path, title: str) -> None:
     """Draw each variant's time as a multiple of the op's, with the range over the rounds."""
+    from matplotlib import ticker
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -118,8 +119,12 @@ def plot(results: Sequence[CaseResult], path: Path, title: str) -> None:
         place -= 1
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
+    axes.margins(y=0.01)
     axes.set_yticks([at for at, _ in ticks], [name for _, name in ticks], fontsize=8)
-    axes.set_xlabel("time as a multiple of heatsink's (median; bars: range over the rounds)")
+    axes.set_xlabel("time as a multiple of heatsink's (median and range over the rounds)")
     axes.set_title(title, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     for name in names:

@@ -249,6 +249,7 @@ def _attention_kernel(
     stride_bn,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    UNIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_A: tl.constexpr,
     HEAD_B: tl.constexpr,
@@ -260,15 +261,15 @@ def _attention_kernel(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    q = (q_ptr, stride_qb, stride_qh, stride_qm, stride_qd)
-    k = (k_ptr, stride_kb, stride_kh, stride_kn, stride_kd)
-    v = (v_ptr, stride_vb, stride_vh, stride_vn, stride_vd)
+    q = (q_ptr, stride_qb * UNIT, stride_qh * UNIT, stride_qm * UNIT, stride_qd)
+    k = (k_ptr, stride_kb * UNIT, stride_kh * UNIT, stride_kn * UNIT, stride_kd)
+    v = (v_ptr, stride_vb * UNIT, stride_vh * UNIT, stride_vn * UNIT, stride_vd)
     bias = (bias_ptr, stride_bb, stride_bh, stride_bm, stride_bn)
     descs = (None, None, None, None)
     if TMA:
         sizes = (batches, heads, seq_k, HEAD_DIM)
-        k_strides = (stride_kb, stride_kh, stride_kn)
-        v_strides = (stride_vb, stride_vh, stride_vn)
+        k_strides = (stride_kb * UNIT, stride_kh * UNIT, stride_kn * UNIT)
+        v_strides = (stride_vb * UNIT, stride_vh * UNIT, stride_vn * UNIT)
         desc_k = _describe(k_ptr, sizes, k_strides, BLOCK_N, HEAD_A)
         desc_v = _describe(v_ptr, sizes, v_strides, BLOCK_N, HEAD_A)
         if HEAD_B > 0:

@@ -102,6 +102,7 @@ def _attention_whole_kernel(
     BLOCKS: tl.constexpr,
     KEYS_A: tl.constexpr,
     KEYS_B: tl.constexpr,
+    UNIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_A: tl.constexpr,
     HEAD_B: tl.constexpr,
@@ -116,8 +117,8 @@ def _attention_whole_kernel(
     first = tile % groups * BLOCKS
     head = tile // groups % heads
     batch = tile // groups // heads
-    k = (at(k_ptr, stride_kb, stride_kh, batch, head), stride_kn, stride_kd)
-    v = (at(v_ptr, stride_vb, stride_vh, batch, head), stride_vn, stride_vd)
+    k = (at(k_ptr, stride_kb * UNIT, stride_kh * UNIT, batch, head), stride_kn * UNIT, stride_kd)
+    v = (at(v_ptr, stride_vb * UNIT, stride_vh * UNIT, batch, head), stride_vn * UNIT, stride_vd)
     bias = (bias_ptr, stride_bm, stride_bn)
     if HAS_BIAS:
         bias = (at(bias_ptr, stride_bb, stride_bh, batch, head), stride_bm, stride_bn)
@@ -126,7 +127,7 @@ def _attention_whole_kernel(
     if KEYS_B > 0:
         k_second = _load_part(k, seq_k, KEYS_A, KEYS_B, HEAD_DIM, HEAD_A, HEAD_B)
         v_second = _load_part(v, seq_k, KEYS_A, KEYS_B, HEAD_DIM, HEAD_A, HEAD_B)
-    q_ptr = at(q_ptr, stride_qb, stride_qh, batch, head)
+    q_ptr = at(q_ptr, stride_qb * UNIT, stride_qh * UNIT, batch, head)
     width = heads * HEAD_DIM
     out_ptr = at(out_ptr, seq_q.to(tl.int64) * width, HEAD_DIM, batch, head)
 
@@ -134,12 +135,12 @@ def _attention_whole_kernel(
         start_m = tl.cast(block, tl.int64) * BLOCK_M
         rows = seq_q - block * BLOCK_M
         offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
-        ptr = q_ptr + start_m * stride_qm
-        q_a = load_tile(ptr, stride_qm, stride_qd, rows, BLOCK_M, 0, HEAD_A, HEAD_DIM, True)
+        ptr = q_ptr + start_m * stride_qm * UNIT
+        q_a = load_tile(ptr, stride_qm * UNIT, stride_qd, rows, BLOCK_M, 0, HEAD_A, HEAD_DIM, True)
         q_b = q_a
         if HEAD_B > 0:
             q_b = load_tile(
-                ptr, stride_qm, stride_qd, rows, BLOCK_M, HEAD_A, HEAD_B, HEAD_DIM, True
+                ptr, stride_qm * UNIT, stride_qd, rows, BLOCK_M, HEAD_A, HEAD_B, HEAD_DIM, True
             )
         s_a = _scores(
             q_a,

@@ -27,7 +27,7 @@ def _fold(
     return gain, offset
 
 
-@triton.jit(do_not_specialize=["pixels", "groups", "group_size"])
+@triton.jit(do_not_specialize=["pixels", "groups"])
 def _group_norm_whole_kernel(
     x_ptr,
     weight_ptr,
@@ -38,13 +38,13 @@ def _group_norm_whole_kernel(
     pixels,
     channels,
     groups,
-    group_size,
     stride_xn,
     stride_xp,
     stride_sn,
     stride_tn,
     eps,
     GROUPS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -54,17 +54,18 @@ def _group_norm_whole_kernel(
     n = (tl.program_id(0) // blocks).to(tl.int64)
     first = tl.program_id(0) % blocks * GROUPS
     local = tl.arange(0, BLOCK_C)
-    group = local // group_size
-    offs_c = first * group_size + local
+    group = local // GROUP_SIZE
+    offs_c = first * GROUP_SIZE + local
     offs_p = tl.arange(0, BLOCK_P)
-    mask_c = (group < GROUPS) & (offs_c < channels)
+    mask_c = (local < GROUPS * GROUP_SIZE) & (offs_c < channels)
     mask = (offs_p[:, None] < pixels) & mask_c[None, :]
-    offs = offs_p[:, None].to(tl.int64) * stride_xp + offs_c[None, :]
+    # Within a sample 32 bits do: the plan sees to it. More would not leave registers for the tile.
+    offs = offs_p[:, None] * stride_xp + offs_c[None, :]
     x = tl.load(x_ptr + n * stride_xn + offs, mask=mask, other=0.0).to(tl.float32)
 
     # Groups are no power of two wide: a channel's sums go to its group through this matrix.
     member = (tl.arange(0, BLOCK_G)[:, None] == group[None, :]) & mask_c[None, :]
-    count = (pixels * group_size).to(tl.float32)
+    count = (pixels * GROUP_SIZE).to(tl.float32)
     total = tl.sum(tl.where(member, tl.sum(x, 0)[None, :], 0.0), 1)
     mean = tl.sum(tl.where(member, (total / count)[:, None], 0.0), 0)
     distance = tl.where(mask, x - mean[None, :], 0.0)
@@ -78,7 +79,7 @@ def _group_norm_whole_kernel(
     y = distance * gain[None, :] + offset[None, :]
     if SILU:
         y = y * tl.sigmoid(y)
-    out_offs = offs_p[:, None].to(tl.int64) * channels + offs_c[None, :]
+    out_offs = offs_p[:, None] * channels + offs_c[None, :]
     out_ptr += n * pixels * channels
     tl.store(out_ptr + out_offs, y.to(out_ptr.dtype.element_ty), mask=mask)
 

@@ -4,6 +4,7 @@ Integer and bit-specified ops are in `exact`; float ops are in NumPy's float64, 
 with the same arguments as the op. Nothing here is optimised or imports PyTorch or Triton.
 """
 
+from heatsink.kernels.reference.attention import attention
 from heatsink.kernels.reference.exact import (
     FINGERPRINT_FORMATS,
     fingerprint_key,
@@ -30,6 +31,7 @@ from heatsink.kernels.reference.steps import (
 
 __all__ = [
     "FINGERPRINT_FORMATS",
+    "attention",
     "fingerprint_key",
     "fingerprint_row",
     "geglu",

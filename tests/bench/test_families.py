@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import pytest
 import torch
 from torch import Tensor
 
-from heatsink.benchmarks import attention, bundled, check, families, gates, norms
+from heatsink.benchmarks import attention, bundled, check, families, gates, norms, steps
 from heatsink.benchmarks.ceilings import Ceilings
 from heatsink.benchmarks.family import Cost, Variant, compulsory_bytes, eager_variant
+from heatsink.kernels import noise
 from heatsink.kernels._op import Inputs
+from heatsink.kernels.catalog import ops
+from heatsink.kernels.fingerprint import fingerprint
 
 CPU = torch.device("cpu")
 
@@ -26,20 +31,38 @@ def test_attention_costs_two_products_and_an_exponential_a_pair() -> None:
     q, k = torch.empty(2, 5, 3, 16), torch.empty(2, 7, 3, 16)
     cost = attention.cost({"q": q, "k": k, "v": k}, q)
     assert cost.exponentials == 2 * 3 * 5 * 7
-    assert cost.flops == 4 * 2 * 3 * 5 * 7 * 16
+    assert cost.flops == {"fp32": 4 * 2 * 3 * 5 * 7 * 16}
     assert cost.bytes == 4 * (2 * q.numel() + 2 * k.numel())
-    assert cost.dtype == "fp32"
     causal = attention.cost({"q": q, "k": k, "v": k, "causal": True}, q)
     assert causal.exponentials == 2 * 3 * (1 + 2 + 3 + 4 + 5)
 
 
+def test_8_bit_attention_is_counted_at_the_rates_of_its_products() -> None:
+    q = torch.empty(2, 5, 3, 16, dtype=torch.float16)
+    inputs = {"q": q, "k": q, "v": q, "pure": False}
+    one = 2 * 2 * 3 * 5 * 5 * 16
+    assert attention.cost_8bit(inputs, q).flops == {"int8": one, "fp16": one}
+    assert attention.cost_8bit({**inputs, "pure": True}, q).flops == {"fp8": 2 * one}
+
+
+def test_8_bit_attention_is_compared_with_attention_and_held_to_its_promise() -> None:
+    family = families.FAMILIES["attention_fp8"]
+    q = torch.randn(1, 5, 2, 16, generator=torch.Generator().manual_seed(1))
+    inputs = {"q": q, "k": q, "v": q, "pure": True}
+    assert torch.equal(family.eager(**inputs), attention.sdpa(q, q, q))
+    assert family.reference(inputs)[0].dtype == torch.float64
+    assert (family.tolerance(inputs), family.tolerance({**inputs, "pure": False})) == (0.07, 0.02)
+
+
 def test_the_ceiling_is_the_slowest_part() -> None:
-    ceilings = Ceilings(copy=10.0, products={"fp16": 100.0}, exponentials=5.0)
+    ceilings = Ceilings(copy=10.0, products={"fp16": 100.0, "int8": 200.0}, exponentials=5.0)
     assert ceilings.least_seconds(Cost(bytes=20)) == 2
-    assert ceilings.least_seconds(Cost(20, flops=300, dtype="fp16")) == 3
-    assert ceilings.least_seconds(Cost(20, flops=300, exponentials=20, dtype="fp16")) == 4
+    assert ceilings.least_seconds(Cost(20, {"fp16": 300})) == 3
+    assert ceilings.least_seconds(Cost(20, {"fp16": 300}, exponentials=20)) == 4
+    # One after the other on the same units.
+    assert ceilings.least_seconds(Cost(20, {"fp16": 300, "int8": 400})) == 5
     # What was not measured bounds nothing.
-    assert ceilings.least_seconds(Cost(20, flops=300, dtype="fp8")) == 2
+    assert ceilings.least_seconds(Cost(20, {"fp8": 300})) == 2
     unknown = Ceilings(10.0, {}, 0.0)
     assert unknown.least_seconds(Cost(20, exponentials=10**9)) == 2
 
@@ -117,3 +140,56 @@ def test_the_bundled_shapes_are_what_the_expressions_take(name: str) -> None:
         for variant in family.others(inputs):
             if isinstance(variant, Variant) and variant.name.endswith("eager, NCHW"):
                 assert check.make_ready(variant, inputs, reference).max_error is not None
+
+
+def step_inputs(seed: int) -> dict[str, Tensor]:
+    """Three rows: guided with history and noise, guided with neither, not guided."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    coef = draw(3, 8)
+    coef[1, 6:] = 0
+    return {
+        "x": draw(3, 2, 4, 4),
+        "out": draw(5, 2, 4, 4),
+        "x0_prev": draw(3, 2, 4, 4),
+        "coef": coef,
+        "guidance": draw(3),
+        "uncond": torch.tensor([4, 0, 2], dtype=torch.int32),
+        "cond": torch.tensor([1, 3, 2], dtype=torch.int32),
+        "seeds": torch.tensor([7, 8, 9]),
+        "steps": torch.tensor([0, 1, 2]),
+    }
+
+
+def test_the_reference_of_a_step_is_the_runtimes(seed: int) -> None:
+    inputs = step_inputs(seed)
+    x_next, x0 = steps.guided_step(**inputs)
+    drawn = noise.normal(inputs["seeds"], inputs["steps"], 1, 32).double().view(3, 2, 4, 4)
+    for row in range(3):
+        low, high = (inputs["out"][int(inputs[name][row])] for name in ("uncond", "cond"))
+        guided = low + inputs["guidance"][row] * (high - low) if row < 2 else high
+        _, _, p, q, a, b, c, d = inputs["coef"][row]
+        own = p * inputs["x"][row] + q * guided
+        later = a * inputs["x"][row] + b * own + c * inputs["x0_prev"][row] + d * drawn[row]
+        close(x0[row], own)
+        close(x_next[row], later)
+
+
+def test_the_noise_and_digest_are_the_packages_own() -> None:
+    keys, at = torch.tensor([3, 4]), torch.tensor([0, 5])
+    assert torch.equal(steps.normal(keys, at, 1, 10), noise.normal(keys, at, 1, 10))
+    x = torch.arange(24.0).reshape(2, 12)
+    assert torch.equal(steps.fingerprint(x)[0], fingerprint(x).digest)
+    variants = {v.name: v for v in families.FAMILIES["fingerprint"].others({"x": x})}
+    host = variants["SHA-256 on the host"]
+    assert isinstance(host, Variant)
+    expected = [hashlib.sha256(row.tobytes()).hexdigest() for row in x.numpy()]
+    assert host.prepare({"x": x})() == expected
+    assert not host.comparable
+
+
+def test_every_op_has_something_to_be_compared_with() -> None:
+    assert set(ops()) <= set(families.FAMILIES)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from heatsink import cli
-from heatsink.benchmarks import bundled, check, families, gates, kernels, report
+from heatsink.benchmarks import bundled, check, families, gates, kernels, kernels_run, report
 from heatsink.benchmarks.family import (
     Cost,
     Family,
@@ -85,7 +85,7 @@ def test_nan_and_other_shapes_are_wrong(made: Tensor, reason: str) -> None:
 def test_what_computes_with_fewer_bits_has_a_budget_of_its_own() -> None:
     def scaled(by: float) -> Variant:
         variant = eager_variant(str(by), lambda gate, up: gates.silu_mul(gate, up) * by)
-        return dataclasses.replace(variant, approximate=True)
+        return dataclasses.replace(variant, tolerance=0.05)
 
     result = measure_one(variants(scaled(1.04), scaled(1.06)))
     assert [row.name for row in result.rows] == ["heatsink", "PyTorch eager", "1.04"]
@@ -122,15 +122,36 @@ def test_an_op_that_is_wrong_itself_is_not_timed() -> None:
 
 def test_integers_must_be_equal() -> None:
     reference = check.Reference([torch.tensor([5])], [1.0])
-    assert reference.check([torch.tensor([5])], approximate=False) == (0.0, 0.0)
+    assert reference.check([torch.tensor([5])]) == (0.0, 0.0)
     with pytest.raises(check.Disagrees, match="other integers"):
-        reference.check([torch.tensor([4])], approximate=True)
+        reference.check([torch.tensor([4])], tolerance=0.5)
 
 
 def test_time_that_is_up_leaves_cases_unreached() -> None:
     family = variants()
     plan = kernels.Plan(cases=[(OP, family, CASE)] * 2)
     assert kernels.measure(plan, CPU, rounds=1, deadline=time.monotonic() - 1) == []
+
+
+def test_ops_take_turns_and_results_stand_op_by_op() -> None:
+    other = dataclasses.replace(OP, name="geglu")
+    cases = [dataclasses.replace(CASE, name=name) for name in "abc"]
+    plan = kernels.Plan([(OP, variants(), case) for case in cases])
+    plan.cases.extend((other, variants(), case) for case in cases[:2])
+    turns = [(op.name, case.name) for op, _, case in plan.by_turns()]
+    assert turns == [
+        ("silu_mul", "a"),
+        ("geglu", "a"),
+        ("silu_mul", "b"),
+        ("geglu", "b"),
+        ("silu_mul", "c"),
+    ]
+    seen: list[str] = []
+    results = kernels.measure(
+        plan, CPU, rounds=1, compile=False, measured=lambda result: seen.append(result.op)
+    )
+    assert seen == ["silu_mul", "geglu", "silu_mul", "geglu", "silu_mul"]
+    assert [result.op for result in results] == ["silu_mul"] * 3 + ["geglu"] * 2
 
 
 def test_an_op_without_family_or_small_cases_is_named() -> None:
@@ -167,7 +188,7 @@ def gpu_result() -> kernels.CaseResult:
         spread = Spread(ratio, ratio / 2, ratio * 2)
         return kernels.Row(name, spread, Spread(1e-3, 5e-4, 2e-3), 1e-3, 1e-4, 0.5)
 
-    cost = Cost(10**9, 2 * 10**12, dtype="fp16")
+    cost = Cost(10**9, {"fp16": 10**12, "int8": 10**12})
     return kernels.CaseResult(
         "attention", "case", cost, (row("heatsink", 1.0), row("other", 1.5)), (LeftOut("x", "y"),)
     )
@@ -192,6 +213,14 @@ def test_notes_say_once_what_is_left_out_everywhere() -> None:
         "op left out: why",
         "not reached, the time was up: attention late",
     ]
+
+
+@pytest.mark.parametrize(("load", "busy"), [(2.5, True), (2.0, False)])
+def test_a_busy_machine_is_noted(load: float, busy: bool) -> None:
+    environment = {"load": load, "processors": 2}
+    run = kernels_run.Run(CPU, environment, 1, kernels.Plan(), None, [])
+    note = "the machine was busy: a load of 2.5 on 2 processors"
+    assert run.notes() == ([note] if busy else [])
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> int:

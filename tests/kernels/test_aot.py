@@ -19,7 +19,7 @@ from heatsink.kernels._op import Op
 from heatsink.kernels._resources import Row, Table, over_limits, used
 from heatsink.kernels._workers import Failure, compile_jobs
 from heatsink.kernels.check import Report, check, identity, uses_of_all
-from heatsink.kernels.errors import KernelError
+from heatsink.kernels.errors import KernelError, MissingConfig
 
 OPS = list(catalog.ops().values())
 SILU = catalog.ops()["silu_mul"]
@@ -48,6 +48,11 @@ def test_every_kernel_compiles_for_every_architecture(report: Report) -> None:
 def test_table_is_of_the_cases_there_are() -> None:
     table = Table.read()
     assert set(table.rows) == uses_of_all(OPS, ARCHS, table)
+
+
+def test_what_spills_says_why() -> None:
+    rows = Table.read().rows
+    assert [name for name, row in rows.items() if row.spill_bytes and not row.reason] == []
 
 
 def test_table_is_written_as_it_is_read(tmp_path: Path) -> None:
@@ -81,7 +86,7 @@ def test_binaries_are_those_of_tritons_own_jit(peer: Any) -> None:
         name: pair["triton"] for name, pair in compared.items()
     }
     # Each launch asks for another binary: what is compared is not one and the same.
-    assert len({pair["ours"] for pair in compared.values()}) == len(compared) == 7
+    assert len({pair["ours"] for pair in compared.values()}) == len(compared) == 9
 
 
 def test_parameters_lie_where_the_binary_reads_them(peer: Any) -> None:
@@ -120,6 +125,17 @@ def test_a_failure_names_op_case_and_architecture() -> None:
     (problem,) = check([broken], [90]).problems
     assert problem.startswith("silu_mul/transformer-4096x5632-bf16/silu_mul sm_90: ")
     assert "power of 2" in problem
+
+
+def test_a_case_without_configuration_is_a_problem_of_its_own() -> None:
+    nameless = dataclasses.replace(SILU, name="nameless")
+    report = check([nameless, SILU], [90])
+    assert [verdict.uses[0].op for verdict in report.verdicts] == ["silu_mul"]
+    first, second = report.problems
+    assert first.startswith(f"nameless/{SILU.cases[0].name} sm_90: nameless: expected a config")
+    assert second == "nameless: silu_mul on sm_90: no smoke case reaches it"
+    with pytest.raises(MissingConfig, match="nameless: expected a configuration"):
+        aot.jobs([nameless], [90])
 
 
 def test_a_kernel_that_no_smoke_case_reaches_is_told() -> None:
@@ -235,7 +251,7 @@ def test_each_tuned_device_of_an_architecture_is_a_target(
 ) -> None:
     default = json.loads((_config.FOLDER / "default.json").read_text())["ops"]["silu_mul"]
     config = {"BLOCK_R": 4, "BLOCK_W": 2048, "warps": 8}
-    for device, arch in (("a_device", 90), ("b_device", 80)):
+    for device, arch in (("a_device", 90), ("b_device", [80, 89])):
         entry = {"key": {"width": 5632, "arch": arch}, "config": config}
         text = json.dumps({"ops": {"silu_mul": [entry]}})
         (tmp_path / f"{device}.json").write_text(text)
@@ -244,9 +260,8 @@ def test_each_tuned_device_of_an_architecture_is_a_target(
     monkeypatch.setattr(_config, "FOLDER", tmp_path)
     # What was read from the real folder stays as it is.
     monkeypatch.setattr(_config, "_entries", _config._entries.__wrapped__)
-    # What was read from the real folder stays as it is.
-    monkeypatch.setattr(_config, "_entries", _config._entries.__wrapped__)
     assert _config.targets(90) == [_config.Target("", 90), _config.Target("a_device", 90)]
+    assert _config.targets(89) == [_config.Target("", 89), _config.Target("b_device", 89)]
     assert _config.targets(120) == [_config.Target("", 120)]
     launches = aot.launches_of(SILU, SILU.cases[0], 90)
     assert [launch.constants["BLOCK_W"] for launch in launches] == [

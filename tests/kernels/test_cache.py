@@ -99,6 +99,17 @@ def test_binaries_run_where_the_architecture_allows(written: Path) -> None:
             cache.find(launch_of(0), arch)
 
 
+def test_the_binary_for_just_this_architecture_comes_first(copied: Path) -> None:
+    def narrow(index: dict[str, Any]) -> None:
+        for fields in index["binaries"]:
+            if fields["arch"] == 90:
+                fields |= {"arch": 89, "runs_on": [89]}
+
+    resign(copied, narrow)
+    found = {arch: Cache(copied).find(launch_of(0), arch) for arch in (80, 86, 89)}
+    assert [entry.arch for entry in found.values() if entry] == [80, 80, 89]
+
+
 def test_a_missing_kernel_is_refused_or_compiled_as_asked(written: Path) -> None:
     other = launch_of(0, BLOCK_W=512)
     with pytest.raises(CacheMismatch, match=rf"for sm_90 of silu_mul.*BLOCK_W=512.*: {COMMAND}"):
@@ -121,6 +132,15 @@ def test_any_flipped_byte_is_found(copied: Path) -> None:
             Cache(copied)
         path.write_bytes(data)
     Cache(copied)
+
+
+def test_an_index_that_was_changed_by_hand_is_refused(copied: Path) -> None:
+    path = copied / "index.json"
+    text = path.read_text()
+    assert '"warps": 4' in text
+    path.write_text(text.replace('"warps": 4', '"warps": 8'))
+    with pytest.raises(CacheMismatch, match=r"index.json is damaged: its digest is not its cont"):
+        Cache(copied)
 
 
 def test_a_binary_damaged_after_opening_is_not_loaded(copied: Path) -> None:

@@ -13,13 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from heatsink.kernels import _config, silu_mul, tune, tuning_file, tuning_gate
+from heatsink.kernels import _config, tune, tuning_file, tuning_gate
 from heatsink.kernels._config import Config, Target
 from heatsink.kernels._launch import Launch
 from heatsink.kernels._op import Case, Inputs, Op, normal
 from heatsink.kernels.catalog import ops
 from heatsink.kernels.errors import DeviceLost, MissingDevice
+from heatsink.kernels.precompile import precompile
 from heatsink.kernels.silu_mul import OP
+from heatsink.kernels.silu_mul import plan as plan_silu_mul
 
 CPU = torch.device("cpu")
 SM80 = Target("", 80)
@@ -123,7 +125,7 @@ def test_what_cannot_be_compiled_is_skipped_with_its_reason() -> None:
     def plan(config: Config, gate: Tensor, up: Tensor) -> Any:
         if config == NARROW:
             raise RuntimeError("out of resource: shared memory")
-        return silu_mul.plan(config, gate, up)
+        return plan_silu_mul(config, gate, up)
 
     first, _ = tuned(small(plan=plan), by_block(w1024=2.0, w256=1.9))
     assert first.config == WIDE
@@ -133,7 +135,7 @@ def test_what_cannot_be_compiled_is_skipped_with_its_reason() -> None:
 
 def test_a_wrong_result_is_never_chosen_however_fast() -> None:
     def plan(config: Config, gate: Tensor, up: Tensor) -> Any:
-        return silu_mul.plan(config, gate, up * 1.001 if config == NARROW else up)
+        return plan_silu_mul(config, gate, up * 1.001 if config == NARROW else up)
 
     first, _ = tuned(small(plan=plan), by_block(w1024=2.0, w256=1.9, w64=0.1))
     assert first.config == WIDE
@@ -144,7 +146,7 @@ def test_a_default_that_fails_leaves_its_key_alone_and_the_next_is_tuned() -> No
     def plan(config: Config, gate: Tensor, up: Tensor) -> Any:
         if gate.shape[-1] == 96:
             raise ValueError("no")
-        return silu_mul.plan(config, gate, up)
+        return plan_silu_mul(config, gate, up)
 
     first, second = tuned(small(plan=plan), by_block(w1024=2.0, w256=1.5, w64=1.0))
     assert first.error == "the default configuration: ValueError: no"
@@ -153,10 +155,36 @@ def test_a_default_that_fails_leaves_its_key_alone_and_the_next_is_tuned() -> No
 
 def test_a_fault_of_the_tuner_itself_is_not_taken_for_a_configuration_that_fails() -> None:
     def plan(config: Config, gate: Tensor, up: Tensor) -> Any:
-        return silu_mul.plan({"BLOCK_R": 1} if config == NARROW else config, gate, up)
+        return plan_silu_mul({"BLOCK_R": 1} if config == NARROW else config, gate, up)
 
     with pytest.raises(KeyError, match="BLOCK_W"):
         tuned(small(plan=plan), by_block(w1024=2.0, w256=1.9))
+
+
+def test_what_will_be_tried_is_prepared_before_without_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tune, "CHUNK", 2)
+    events: list[tuple[str, int]] = []
+
+    def prepare(launches: Sequence[Launch]) -> None:
+        for launch in launches:
+            out = launch.args["out_ptr"]
+            assert isinstance(out, Tensor)
+            assert out.device.type == "meta"
+            events.append(("prepared", launch.constants["BLOCK_W"]))
+
+    def cost(launch: Launch) -> float:
+        events.append(("timed", launch.constants["BLOCK_W"]))
+        return 1.0
+
+    many = [{"BLOCK_R": 1, "BLOCK_W": 2**n, "warps": 4} for n in (5, 6, 7)]
+    found, _ = tune.groups([small(many, cases=(case("one", 2, 96),))], SM80)
+    deadline = time.monotonic() + 60
+    tune.tune(found, CPU, stopwatch(cost), deadline=deadline, prepare=prepare)
+    assert [width for what, width in events if what == "prepared"] == [32, 64, 128]
+    assert events.index(("timed", 32)) > events.index(("prepared", 64))
+    assert events.index(("timed", 64)) < events.index(("prepared", 128))
 
 
 def test_time_is_shared_and_what_is_not_reached_is_missing() -> None:
@@ -176,25 +204,27 @@ def test_bits_that_are_specified_are_compared_as_bits() -> None:
     exact = small(kernels=tuple(dataclasses.replace(k, fusion=False) for k in OP.kernels))
     x = torch.tensor([1.0, 2.0])
     near = torch.nextafter(x, torch.tensor(3.0))
-    tuning_gate.check(OP, [near], [x])
+    tuning_gate.check(OP, {}, [near], [x])
     with pytest.raises(tuning_gate.WrongResult, match="other bits"):
-        tuning_gate.check(exact, [near], [x])
+        tuning_gate.check(exact, {}, [near], [x])
     with pytest.raises(tuning_gate.WrongResult, match="other bits"):
-        tuning_gate.check(OP, [torch.tensor([1])], [torch.tensor([2])])
+        tuning_gate.check(OP, {}, [torch.tensor([1])], [torch.tensor([2])])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_result_that_is_not_finite_is_wrong(value: float) -> None:
     with pytest.raises(tuning_gate.WrongResult, match="differs"):
-        tuning_gate.check(OP, [torch.tensor([value, 1.0])], [torch.tensor([1.0, 1.0])])
+        tuning_gate.check(OP, {}, [torch.tensor([value, 1.0])], [torch.tensor([1.0, 1.0])])
 
 
 def test_quantised_ops_have_a_budget_in_the_norm() -> None:
     op = small(name="attention_fp8")
     x = torch.ones(100)
-    tuning_gate.check(op, [x * 1.03], [x])
-    with pytest.raises(tuning_gate.WrongResult, match="differs"):
-        tuning_gate.check(op, [x * 1.05], [x])
+    tuning_gate.check(op, {"pure": 0}, [x * 1.03], [x])
+    tuning_gate.check(op, {"pure": 1}, [x * 1.13], [x])
+    for pure, factor in ((0, 1.05), (1, 1.15)):
+        with pytest.raises(tuning_gate.WrongResult, match="differs"):
+            tuning_gate.check(op, {"pure": pure}, [x * factor], [x])
 
 
 def test_nothing_is_timed_without_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,6 +259,8 @@ def merged(before: Any, *choices: tune.Choice, when: str = "first", torch: str =
 
 def test_the_file_is_what_the_look_up_reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     document = merged(None, choice(96, 64), choice(40, 32))
+    assert document["arch"] == 90
+    assert [entry["key"]["arch"] for entry in document["ops"]["silu_mul"]] == [90, 90]
     (tmp_path / "nvidia_h200.json").write_text(json.dumps(document))
     monkeypatch.setattr(_config, "FOLDER", tmp_path)
     _config._entries.cache_clear()
@@ -262,13 +294,40 @@ def test_what_could_not_be_tuned_leaves_the_file_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("arch", [80, 89, 90, 100, 120])
-def test_every_case_has_a_default_of_a_kind_that_its_space_has(arch: int) -> None:
-    found, _ = tune.groups(ops().values(), Target("", arch))
+def test_every_case_has_a_default_and_something_to_try_against_it(arch: int) -> None:
+    found, left_out = tune.groups(ops().values(), Target("", arch))
+    assert [reason for reason in left_out if "no kernel for" not in reason] == []
     assert {group.op.name for group in found} >= {"silu_mul"}
+    meta = torch.device("meta")
     for group in found:
         assert group.others, f"{group.op.name} {group.key}: nothing to try"
-        kinds = {frozenset(config) for config in group.others}
-        assert frozenset(group.default) in kinds, f"{group.op.name} {group.key}"
+        for config in (group.default, group.others[0], group.others[-1]):
+            _, launches = group.op.plan(config, **group.cases[0].make(meta))
+            assert launches, f"{group.op.name} {group.key} {config}"
+
+
+def test_configurations_that_launch_the_same_are_tried_once() -> None:
+    default = _config.lookup("silu_mul", {"width": 96}, SM80)
+    same = [{**config, "UNUSED": 1} for config in (default, WIDE)]
+    (group, _), _ = tune.groups([small([WIDE, NARROW, *same])], SM80)
+    assert tune.distinct(group) == [WIDE, NARROW]
+    broken = {"BLOCK_R": 1, "BLOCK_W": 0, "warps": 4}
+
+    def plan(config: Config, gate: Tensor, up: Tensor) -> Any:
+        if config == broken:
+            raise ValueError("no")
+        return plan_silu_mul(config, gate, up)
+
+    (group, _), _ = tune.groups([small([broken, WIDE], plan=plan)], SM80)
+    assert tune.distinct(group) == [broken, WIDE]
+
+
+def test_neighbours_of_the_default_are_tried_first() -> None:
+    default = _config.lookup("silu_mul", {"width": 96}, SM80)
+    far = {"BLOCK_R": 2, "BLOCK_W": 64, "warps": 8}
+    near = {**default, "warps": 8}
+    (group, _), _ = tune.groups([small([far, NARROW, near])], SM80)
+    assert tune.distinct(group) == [near, NARROW, far]
 
 
 @pytest.mark.gpu
@@ -276,6 +335,7 @@ def test_tuning_on_the_device() -> None:
     device, target = tune.cuda_target()
     found, _ = tune.groups([small()], target)
     timer = tune.device_timer(device)
-    choices = tune.tune(found, device, timer, deadline=time.monotonic() + 60)
+    deadline = time.monotonic() + 60
+    choices = tune.tune(found, device, timer, deadline=deadline, prepare=precompile)
     assert [c.error for c in choices] == ["", ""]
     assert all(value > 0 for c in choices for value in c.seconds.values())

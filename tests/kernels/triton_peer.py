@@ -53,6 +53,19 @@ def _mixed_kernel(  # type: ignore[no-untyped-def]
     tl.store(out_ptr + offs + wide, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+# Not Python to a type checker: Triton compiles it.
+@triton.jit  # type: ignore[untyped-decorator]
+def _loop_kernel(x_ptr, out_ptr, rounds, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A loop of products, which is pipelined as deep as the stages say."""
+    offs = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    acc = tl.zeros((N, N), dtype=tl.float32)
+    for i in range(rounds):
+        x = tl.load(x_ptr + i * N * N + offs)
+        acc = tl.dot(x, x, acc)
+    tl.store(out_ptr + offs, acc)
+
+
+LOOP = Kernel("loop", module="loop")
 MIXED = Kernel("mixed", module="mixed", plain=("rows",))
 
 
@@ -92,6 +105,13 @@ def mixed(**changes: Any) -> Launch:
         args[name] = changes.pop(name)
     fields: dict[str, Any] = {"constants": {"BLOCK": 256}, **changes}
     return Launch(MIXED, grid=(16, 1, 1), args=args, **fields)
+
+
+def loop(stages: int) -> Launch:
+    """A launch of the loop."""
+    x = torch.empty(64, 64, dtype=torch.float16, device="meta")
+    args: dict[str, Any] = {"x_ptr": x, "out_ptr": x.float(), "rounds": 17}
+    return Launch(LOOP, (1, 1, 1), args, {"N": 64}, stages=stages)
 
 
 class Pointer:
@@ -163,13 +183,16 @@ def main() -> None:
     """Compare, and print what came of it."""
     folder = Path(sys.argv[1])
     # Found by name, as the functions of the package are.
-    sys.modules["heatsink.kernels.jit.mixed"] = sys.modules[__name__]
+    for name in ("loop", "mixed"):
+        sys.modules[f"heatsink.kernels.jit.{name}"] = sys.modules[__name__]
     bias = torch.empty(4096, dtype=torch.float32, device="meta")
     launches = {
         "mixed": mixed(),
         "bias": mixed(bias_ptr=bias, step=2, few=7, wide=0),
         "constant": mixed(constants={"BLOCK": 128, "TWICE": False}, warps=8, stages=3),
         "exact": dataclasses.replace(mixed(), kernel=dataclasses.replace(MIXED, fusion=False)),
+        "loop": loop(stages=2),
+        "pipelined": loop(stages=4),
         "silu_mul": aot.launches_of(OP, OP.cases[1], 90)[0],
     }
     found = {

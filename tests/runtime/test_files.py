@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -113,4 +114,19 @@ def test_a_full_disk_leaves_no_half_picture(
     monkeypatch.setattr(Image.Image, "save", save)
     with pytest.raises(ResourceError, match=r"no space is left for .*image-7\.png"):
         result([7]).save(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_picture_that_the_system_cuts_off_is_not_left(tmp_path: Path) -> None:
+    """The system's own refusal, after half of it is written: a file may hold 4,096 bytes here."""
+    made = result([7])
+    made.images[0] = Image.frombytes("RGB", (64, 64), os.urandom(64 * 64 * 3))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(ResourceError, match=r"no space is left for .*image-7\.png") as caught:
+            made.save(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.exit_code == 1
     assert os.listdir(tmp_path) == []

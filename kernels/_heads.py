@@ -1,0 +1,109 @@
+"""What the attention ops share: checks of heads, and how heads and their strides reach kernels."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from heatsink.kernels._checks import check_shape
+from heatsink.kernels._launch import ALIGNMENT, Value
+
+MAX_HEAD_DIM = 256
+VAE_HEAD_DIM = 512
+
+
+def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise ValueError unless the shapes are those of attention and the head dim is in range."""
+    if q.dim() != 4:
+        raise ValueError(f"q: expected (B, Sq, H, D), got shape {tuple(q.shape)}")
+    if k.dim() != 4:
+        raise ValueError(f"k: expected (B, Sk, H, D), got shape {tuple(k.shape)}")
+    batch, _, heads, head_dim = q.shape
+    if not (1 <= head_dim <= MAX_HEAD_DIM or head_dim == VAE_HEAD_DIM):
+        raise ValueError(
+            f"q: expected a head dim of 1 to {MAX_HEAD_DIM}, or {VAE_HEAD_DIM}, got {head_dim}"
+        )
+    check_shape("k", k, (batch, k.shape[1], heads, head_dim))
+    check_shape("v", v, (batch, k.shape[1], heads, head_dim))
+
+
+def check_scale(scale: float | None, head_dim: int) -> float:
+    """The scale to use.
+
+    Raises:
+        ValueError: unless it is None or positive and finite.
+    """
+    if scale is None:
+        return 1.0 / math.sqrt(head_dim)
+    if not 0.0 < scale < math.inf:
+        raise ValueError(f"scale: expected a positive finite number, got {scale}")
+    return float(scale)
+
+
+def check_bias(bias: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless `bias` broadcasts to `shape`."""
+    fits = bias.dim() <= 4 and all(
+        have in (1, want) for have, want in zip(reversed(bias.shape), reversed(shape), strict=False)
+    )
+    if not fits:
+        raise ValueError(
+            f"bias: expected a shape that broadcasts to {shape}, got {tuple(bias.shape)}"
+        )
+
+
+def parts(size: int, split: int, least: int = 16) -> tuple[int, int]:
+    """How a dimension is tiled: a power of two, and a smaller second one or 0.
+
+    Args:
+        size: what must be covered, from 1 on.
+        split: 0 pads to the next power of two instead.
+        least: the smallest tile.
+
+    Returns:
+        `(first, second)`: 80 -> (64, 16), 64 -> (64, 0), 112 -> (128, 0).
+    """
+    padded = max(least, 1 << (size - 1).bit_length())
+    first = padded // 2
+    second = max(least, 1 << (size - first - 1).bit_length()) if first < size else 0
+    if not split or first < least or not 0 < second < first:
+        return padded, 0
+    return first, second
+
+
+def stride_unit(*tensors: Tensor) -> int:
+    """What strides are passed in units of: the elements in 16 bytes, or 1.
+
+    A stride of 40 is no multiple of 16, so Triton would not see that heads of 40 begin at
+    multiples of 16 bytes, and would load them an element at a time.
+    """
+    unit = ALIGNMENT // tensors[0].element_size()
+    aligned = all(
+        x.stride(-1) == 1 and all(stride % unit == 0 for stride in x.stride()[:-1]) for x in tensors
+    )
+    return unit if aligned else 1
+
+
+def strides(x: Tensor | None, name: str, dims: str, unit: int = 1) -> dict[str, Value]:
+    """A tensor's strides as kernel parameters, in the order b, h, tokens, d; None where it is.
+
+    All but that of `d` are in units of `unit` elements.
+    """
+    by_dim: dict[str, Value] = dict.fromkeys(dims)
+    if x is not None:
+        by_dim = {
+            dim: stride if dim == "d" else stride // unit
+            for dim, stride in zip(dims, x.stride(), strict=True)
+        }
+    return {f"stride_{name}{dim}": by_dim[dim] for dim in "bhmnsd" if dim in by_dim}
+
+
+def describable(x: Tensor) -> bool:
+    """Whether a TMA descriptor can describe it: a dense last dimension, the rest aligned."""
+    size = x.element_size()
+    aligned = x.device.type == "meta" or x.data_ptr() % ALIGNMENT == 0
+    return (
+        aligned
+        and x.stride(-1) == 1
+        and all(stride * size % ALIGNMENT == 0 and stride > 0 for stride in x.stride()[:-1])
+    )
