@@ -1,8 +1,8 @@
 """Races between an op and what a user would run otherwise, in one process on one machine.
 
-What is measured is the time that the one thread computes, so that it says something on a machine that
-does other things too; caches and the clock are shared all the same. With --benchmark-disable, as in
-`make test`, each contender runs once and only the answers are checked.
+What is measured is the time that the one thread computes, so that it says something on a machine
+that does other things too; caches and clock are shared all the same. With --benchmark-disable, as
+in `make test`, each contender runs once and only the answers are checked.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Contender = Callable[[], Any]
 Race = Callable[[str, Contender, Mapping[str, Contender]], None]
 
 ROUNDS = 15
-# What a contender runs for in one round, and how long at least a whole race takes.
+# About what a contender runs for in one round.
 ROUND_SECONDS = 0.004
 
 
