@@ -1,18 +1,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from heatsink.kernels import attention as module
 from heatsink.kernels import reference
 from heatsink.kernels._config import Config, Target, lookup
 from heatsink.kernels._heads import parts
 from heatsink.kernels._launch import ARCHS, run
 from heatsink.kernels.attention import attention
+
+module = import_module("heatsink.kernels.attention")
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 BLOCKS: Config = {
@@ -63,6 +65,7 @@ def packed(
 
 
 def triton(config: Config, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    out: Tensor
     out, launches = module.plan(config, q, k, v, **options)
     run(launches)
     return out
@@ -79,12 +82,14 @@ def as_op(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Any, ...]:
 
 def default(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     """The Triton implementation with the configuration that is looked up."""
-    return module._attention_triton(*as_op(q, k, v, **options))
+    out: Tensor = module._attention_triton(*as_op(q, k, v, **options))
+    return out
 
 
 def in_torch(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     """The PyTorch implementation, whether or not the extension is loaded."""
-    return module._attention_torch(*as_op(q, k, v, **options))
+    out: Tensor = module._attention_torch(*as_op(q, k, v, **options))
+    return out
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:

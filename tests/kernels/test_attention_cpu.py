@@ -59,11 +59,11 @@ def plain(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, causal: bool = False
 ) -> Tensor:
     """PyTorch's own, in the same dtype."""
-    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if bias is not None:
-        bias = bias.expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+        bias = bias.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     out = torch.nn.functional.scaled_dot_product_attention(
-        *heads_first, attn_mask=bias, is_causal=causal
+        q, k, v, attn_mask=bias, is_causal=causal
     )
     return out.transpose(1, 2)
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -8,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from heatsink.kernels import attention_fp8 as module
 from heatsink.kernels import reference
 from heatsink.kernels._config import Config
 from heatsink.kernels._launch import run
 from heatsink.kernels.attention import _attention_torch
 from heatsink.kernels.attention_fp8 import attention_fp8
+
+module = import_module("heatsink.kernels.attention_fp8")
 
 # What the op's docstring promises of |out - exact| / |exact|, by `pure`.
 BOUNDS = {False: 2e-2, True: 7e-2}
@@ -46,13 +48,15 @@ def packed(
 
 
 def small(q: Tensor, k: Tensor, v: Tensor, pure: bool = False) -> Tensor:
+    out: Tensor
     out, launches = module.plan(SMALL, q, k, v, pure=pure)
     run(launches)
     return out
 
 
 def default(q: Tensor, k: Tensor, v: Tensor, pure: bool = False) -> Tensor:
-    return module._attention_fp8_triton(q, k, v, q.shape[-1] ** -0.5, pure)
+    out: Tensor = module._attention_fp8_triton(q, k, v, q.shape[-1] ** -0.5, pure)
+    return out
 
 
 RUNS: dict[str, Callable[..., Tensor]] = {"op": attention_fp8, "triton": default, "small": small}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -8,11 +9,12 @@ import torch
 from torch import Tensor
 
 from heatsink.kernels import _native, reference
-from heatsink.kernels import group_norm_silu as module
 from heatsink.kernels._config import lookup, target_of
 from heatsink.kernels._launch import run as run_launches
 from heatsink.kernels._pixels import group_norm_torch
 from heatsink.kernels.group_norm_silu import group_norm_silu
+
+module = import_module("heatsink.kernels.group_norm_silu")
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 Run = Callable[..., Tensor]
@@ -31,6 +33,7 @@ def flat(run: Run) -> Run:
 def in_chunks(x: Tensor, groups: int, *parameters: Any, **rest: Any) -> Tensor:
     """The three launches, whatever the shape: chunks of two blocks of pixels, the last ragged."""
     config = {"WHOLE": 0, "CHUNK": 32, "BLOCK_P": 16, "BLOCK_C": 32, "BLOCK_K": 2, "warps": 4}
+    out: Tensor
     out, launches = module.plan(config, x, groups, *parameters, **rest)
     run_launches(launches)
     return out
