@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +11,7 @@ import typer
 
 from heatsink import console
 from heatsink.flags import Quiet
-from heatsink.runtime.errors import CallerError, HeatsinkError, InvalidRequest, MissingDependency
+from heatsink.runtime.errors import HeatsinkError, InvalidRequest
 from heatsink.runtime.files import make_folder
 
 if TYPE_CHECKING:
@@ -38,19 +37,6 @@ Write = Annotated[bool, typer.Option("--write", help="bring the committed table 
 Record = Annotated[
     Path | None, typer.Option(help="a file of what was compiled before, to pass over it")
 ]
-
-
-@contextlib.contextmanager
-def kernel_errors() -> Iterator[None]:
-    """Make the command line's errors of the kernels'."""
-    from heatsink.kernels.errors import KernelError, MissingTriton
-
-    try:
-        yield
-    except MissingTriton as error:
-        raise MissingDependency(str(error)) from None
-    except KernelError as error:
-        raise CallerError(str(error)) from None
 
 
 def _archs(text: str) -> list[int]:
@@ -90,9 +76,8 @@ def show(arch: Archs = ALL, op: Ops = None) -> None:
 
     from heatsink.kernels import aot
 
-    with kernel_errors():
-        ops = chosen_ops(op)
-        found = aot.jobs(ops, _archs(arch), lambda op: op.cases)
+    ops = chosen_ops(op)
+    found = aot.jobs(ops, _archs(arch), lambda op: op.cases)
     table = Table(title=f"{len(ops)} ops, {len(found)} binaries")
     for column in ("op", "case", "kernel", "architectures"):
         table.add_column(column, overflow="fold")
@@ -120,7 +105,7 @@ def check(
     from heatsink.kernels import aot
     from heatsink.kernels.check import check as check_ops
 
-    with kernel_errors(), console.bars(quiet) as progress:
+    with console.bars(quiet) as progress:
         report = check_ops(
             chosen_ops(op),
             _archs(arch),
@@ -178,23 +163,22 @@ def compile_kernels(
     from heatsink.kernels._cache import COMMAND, write_cache
     from heatsink.kernels._compile import triton_version
 
-    with kernel_errors():
-        triton_version()
-        ops, archs = chosen_ops(op), _archs(arch)
-        found = aot.jobs(ops, archs, _cases(ops, case))
-        if not found:
-            raise InvalidRequest(f"--arch: none of these kernels is written for {arch}")
-        names = ",".join(f"sm_{number}" for number in archs)
-        command = f"{COMMAND} --arch {names} -o {shlex.quote(str(out))}"
-        command += "".join(f" --op {name}" for name in op or ())
-        command += "".join(f" --case {shlex.quote(name)}" for name in case or ())
-        make_folder(out.parent)
-        with console.bars(quiet) as progress:
+    triton_version()
+    ops, archs = chosen_ops(op), _archs(arch)
+    found = aot.jobs(ops, archs, _cases(ops, case))
+    if not found:
+        raise InvalidRequest(f"--arch: none of these kernels is written for {arch}")
+    names = ",".join(f"sm_{number}" for number in archs)
+    command = f"{COMMAND} --arch {names} -o {shlex.quote(str(out))}"
+    command += "".join(f" --op {name}" for name in op or ())
+    command += "".join(f" --case {shlex.quote(name)}" for name in case or ())
+    make_folder(out.parent)
+    with console.bars(quiet) as progress:
 
-            def make(folder: Path) -> list[tuple[Job, Binary]]:
-                return _compiled(found, folder, workers, progress)
+        def make(folder: Path) -> list[tuple[Job, Binary]]:
+            return _compiled(found, folder, workers, progress)
 
-            count = write_cache(out, make, command, heatsink.__version__)
+        count = write_cache(out, make, command, heatsink.__version__)
     print(f"{out}  {count} binaries for {names}")
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from heatsink.kernels._compile import Binary, Job, binary_from
 from heatsink.kernels._sources import digest_of
-from heatsink.kernels.errors import CacheMismatch, KernelError
+from heatsink.kernels.errors import CacheMismatch
 
 if TYPE_CHECKING:
     from heatsink.kernels._driver import Function
@@ -69,14 +69,14 @@ def write_cache(
         How many binaries it holds.
 
     Raises:
-        KernelError: if `folder` is something else than a cache.
+        CacheMismatch: if `folder` is something else than a cache.
     """
     if (
         folder.exists()
         and not (folder / INDEX).is_file()
         and (not folder.is_dir() or any(folder.iterdir()))
     ):
-        raise KernelError(
+        raise CacheMismatch(
             f"{folder}: expected no file, an empty folder or a cache of kernels there"
         )
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -130,15 +131,28 @@ def run(launches: Iterable[Launch]) -> None:
     for launch in launches:
         if 0 in launch.grid or (cache and cache.run(launch)):
             continue
-        if launch.kernel.scratch:
-            _allow_scratch()
-        launch.kernel.function()[launch.grid](
-            **launch.args,
-            **launch.constants,
-            num_warps=launch.warps,
-            num_stages=launch.stages,
-            enable_fp_fusion=launch.kernel.fusion,
-        )
+        with _on_device_of(launch):
+            _run_jit(launch)
+
+
+def _on_device_of(launch: Launch) -> AbstractContextManager[Any]:
+    """Make the device of a launch's tensors the current one, which is where Triton launches."""
+    tensor = next(value for value in launch.args.values() if isinstance(value, Tensor))
+    if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device():
+        return torch.cuda.device(tensor.get_device())
+    return nullcontext()
+
+
+def _run_jit(launch: Launch) -> None:
+    if launch.kernel.scratch:
+        _allow_scratch()
+    launch.kernel.function()[launch.grid](
+        **launch.args,
+        **launch.constants,
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+        enable_fp_fusion=launch.kernel.fusion,
+    )
 
 
 def _allow_scratch() -> None:

@@ -113,7 +113,7 @@ OP = Op(
         _case("sdxl-4096x2560-fp16", (2, 4096, 2 * 2560), torch.float16),
         _case("sd15-4096x1280-bf16", (2, 4096, 2 * 1280), torch.bfloat16),
         _case("sd15-1024x2560-fp16", (2, 1024, 2 * 2560), torch.float16),
-        _case("bundled-64x512-fp32", (2, 64, 2 * 512), torch.float32),
+        _case("bundled-64x256-fp32", (2, 64, 2 * 256), torch.float32),
     ),
     key=key,
     plan=plan,

@@ -211,7 +211,7 @@ OP = Op(
         _case("sd15-256x1280-fp16", (2, 256, 1280), torch.float16),
         _case("adaln-4096x1152-bf16", (2, 4096, 1152), torch.bfloat16, modulated=True),
         _case("adaln-4608x3072-bf16", (1, 4608, 3072), torch.bfloat16, modulated=True),
-        _case("emoji-64x128-fp32", (8, 64, 128), torch.float32),
+        _case("bundled-64x128-fp32", (8, 64, 128), torch.float32),
     ),
     key=key,
     plan=plan,

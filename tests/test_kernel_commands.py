@@ -17,7 +17,8 @@ from heatsink.kernels._cache import Cache
 from heatsink.kernels._compile import triton_version
 from heatsink.kernels._resources import Row, Table
 from heatsink.kernels.catalog import ops
-from heatsink.runtime.errors import CallerError, HeatsinkError, InvalidRequest, MissingDependency
+from heatsink.kernels.errors import CacheMismatch, MissingTriton
+from heatsink.runtime.errors import HeatsinkError, InvalidRequest
 
 CASES = [case.name for case in ops()["silu_mul"].cases]
 
@@ -79,7 +80,7 @@ def test_wrong_flags(
 
 def test_another_folder_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "cat.png").write_bytes(b"cat")
-    with pytest.raises(CallerError, match="expected no file, an empty folder or a cache") as told:
+    with pytest.raises(CacheMismatch, match="expected no file, an empty folder or a cache") as told:
         run("compile", "--arch", "sm_90", "-o", tmp_path, "--op", "silu_mul")
     assert told.value.exit_code == 2
 
@@ -100,7 +101,7 @@ def test_without_triton_it_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    with pytest.raises(MissingDependency, match=r"expected Triton, .* pip install 'heatsink\[k"):
+    with pytest.raises(MissingTriton, match=r"expected Triton, .* pip install 'heatsink\[k"):
         run("compile", "--arch", "sm_90", "-o", tmp_path / "out")
 
 

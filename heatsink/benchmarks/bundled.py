@@ -14,9 +14,8 @@ from torch import Tensor
 
 from heatsink.kernels._op import Case, Inputs, normal
 
-PREFIX = "emoji-"
-# What ops call their own cases of this kind.
-PREFIXES = (PREFIX, "bundled-")
+# What ops call their own cases of this kind too.
+PREFIX = "bundled-"
 ROWS = 8
 PICTURES = 4
 TEXT = 24

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from heatsink.benchmarks.bundled import PREFIXES
+from heatsink.benchmarks.bundled import PREFIX
 from heatsink.benchmarks.ceilings import Ceilings
 from heatsink.benchmarks.check import Ready, Reference, make_ready, refusals
 from heatsink.benchmarks.families import FAMILIES
@@ -113,7 +113,7 @@ def make_plan(ops: Iterable[Op], device: torch.device, names: Sequence[str] = ()
         if names:
             cases = [known[name] for name in names if name in known]
         elif device.type == "cpu":
-            cases = [case for case in known.values() if case.name.startswith(PREFIXES)]
+            cases = [case for case in known.values() if case.name.startswith(PREFIX)]
             if not cases:
                 reason = "no case at the bundled model's shapes, and no GPU"
                 plan.left_out.append(LeftOut(op.name, reason))
