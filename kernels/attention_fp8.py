@@ -36,6 +36,7 @@ from heatsink.kernels._heads import (
     check_heads,
     check_scale,
     parts,
+    settled,
     stride_unit,
     strides,
 )
@@ -46,14 +47,16 @@ from heatsink.kernels.attention import LOG2_E, _attention_torch
 Constants = dict[str, Any]
 
 _ARCHS = (89, 90, 100, 120)
+# Sizes and strides are never specialised: one binary reads every place in a batch.
 _LAYOUT = ("heads", "chunks", "seq")
 _BLOCKS = (*_LAYOUT, "blocks")
-STATS = Kernel("attention_fp8_stats", "attention_fp8_quantise", _ARCHS, plain=_LAYOUT)
-ROWS = Kernel("attention_fp8_rows", "attention_fp8_quantise", _ARCHS, plain=_BLOCKS)
-VALUES = Kernel(
-    "attention_fp8_values", "attention_fp8_quantise", _ARCHS, plain=(*_LAYOUT, "blocks")
-)
-KERNEL = Kernel("attention_fp8", "attention_fp8", _ARCHS, plain=("heads", "seq_q", "seq_k"))
+_X = ("stride_xb", "stride_xh", "stride_xs")
+_K = ("stride_kb", "stride_kh", "stride_kn")
+_V = ("stride_vb", "stride_vh", "stride_vn")
+STATS = Kernel("attention_fp8_stats", "attention_fp8_quantise", _ARCHS, plain=(*_LAYOUT, *_K, *_V))
+ROWS = Kernel("attention_fp8_rows", "attention_fp8_quantise", _ARCHS, plain=(*_BLOCKS, *_X))
+VALUES = Kernel("attention_fp8_values", "attention_fp8_quantise", _ARCHS, plain=(*_BLOCKS, *_V))
+KERNEL = Kernel("attention_fp8", "attention_fp8", _ARCHS, plain=("heads", "seq_q", "seq_k", *_V))
 
 FLOATS = (torch.float16, torch.bfloat16)
 E4M3 = torch.float8_e4m3fn
@@ -117,8 +120,8 @@ def plan(
     """The output, and the launches that measure, quantise and multiply."""
     head_dim = q.shape[3]
     width, _ = parts(head_dim, 0, least=32)
-    unit = stride_unit(q, k, v)
-    tile: Constants = {"UNIT": unit, "HEAD_DIM": head_dim, "WIDTH": width}
+    q, k, v = settled(q), settled(k), settled(v)
+    tile: Constants = {"UNIT": stride_unit(q), "HEAD_DIM": head_dim, "WIDTH": width}
     tile["EMULATE"] = q.device.type == "cpu"
     factor = check_scale(scale, head_dim) * LOG2_E
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -141,7 +144,7 @@ def plan(
         "heads": q.shape[2],
         "seq_q": q.shape[1],
         "seq_k": k.shape[1],
-        **strides(None if pure else v, "v", "bnhd", unit),
+        **strides(None if pure else v, "v", "bnh"),
     }
     row_a, row_b = parts(head_dim, config["SPLIT_D"], least=32)
     head_a, head_b = parts(head_dim, config["SPLIT_D"])
@@ -176,8 +179,8 @@ def _stats(
         "heads": heads,
         "chunks": chunks,
         "seq": seq,
-        **strides(k, "k", "bnhd", tile["UNIT"]),
-        **strides(v, "v", "bnhd", tile["UNIT"]),
+        **strides(k, "k", "bnh"),
+        **strides(v, "v", "bnh"),
     }
     constants = tile | {"CHUNK": config["CHUNK"], "PURE": pure}
     del constants["EMULATE"]
@@ -210,7 +213,7 @@ def _rows(
         "seq": seq,
         "blocks": blocks,
         "factor": factor,
-        **strides(x, "x", "bshd", tile["UNIT"]),
+        **strides(x, "x", "bsh"),
     }
     constants = tile | {"BLOCK": block, "KEYS": sums is not None, "PURE": pure}
     grid = (batch * heads, blocks, 1)
@@ -235,7 +238,7 @@ def _values(
         "chunks": peaks.shape[1],
         "seq": seq,
         "blocks": blocks,
-        **strides(v, "v", "bnhd", tile["UNIT"]),
+        **strides(v, "v", "bnh"),
     }
     constants = tile | {"BLOCK": block}
     grid = (batch * heads, blocks, 1)

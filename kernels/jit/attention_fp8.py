@@ -108,7 +108,16 @@ def _store_share(
     store_tile(out_ptr, acc, stride_s, rows, BLOCK_M, FIRST, PART, HEAD_DIM)
 
 
-@triton.jit(do_not_specialize=["heads", "seq_q", "seq_k"])
+@triton.jit(
+    do_not_specialize=[
+        "heads",
+        "seq_q",
+        "seq_k",
+        "stride_vb",
+        "stride_vh",
+        "stride_vn",
+    ]
+)
 def _attention_fp8_kernel(
     q_ptr,
     q_scale_ptr,
@@ -123,7 +132,6 @@ def _attention_fp8_kernel(
     stride_vb,
     stride_vh,
     stride_vn,
-    stride_vd,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     UNIT: tl.constexpr,
@@ -155,7 +163,7 @@ def _attention_fp8_kernel(
         stride_n, stride_d = 1, blocks_n * BLOCK_N
         v_ptr += index * WIDTH * stride_d
     else:
-        stride_n, stride_d = stride_vn * UNIT, stride_vd
+        stride_n, stride_d = stride_vn * UNIT, 1
         v_ptr = at(v_ptr, stride_vb * UNIT, stride_vh * UNIT, batch, head)
 
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
