@@ -141,11 +141,24 @@ def plan(
         "v_ptr": v8,
         "v_scale_ptr": v_scale,
         "out_ptr": out,
-        "heads": q.shape[2],
-        "seq_q": q.shape[1],
-        "seq_k": k.shape[1],
-        **strides(None if pure else v, "v", "bnh"),
     }
+    grid = (q_scale.numel() // config["BLOCK_M"], 1, 1)
+    launches.append(_product(config, grid, args, q, k, None if pure else v, tile))
+    return out, launches
+
+
+def _product(
+    config: Config,
+    grid: tuple[int, int, int],
+    args: dict[str, Value],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    tile: Constants,
+) -> Launch:
+    """The launch that multiplies; `v` is None where it is quantised, and so dense."""
+    head_dim = q.shape[3]
+    sizes: dict[str, Value] = {"heads": q.shape[2], "seq_q": q.shape[1], "seq_k": k.shape[1]}
     row_a, row_b = parts(head_dim, config["SPLIT_D"], least=32)
     head_a, head_b = parts(head_dim, config["SPLIT_D"])
     constants = tile | {
@@ -156,11 +169,10 @@ def plan(
         "HEAD_A": head_a,
         "HEAD_B": head_b,
         "RAGGED": k.shape[1] % config["BLOCK_N"] != 0,
-        "PURE": pure,
+        "PURE": v is None,
     }
-    grid = (q_scale.numel() // config["BLOCK_M"], 1, 1)
-    launches.append(Launch(KERNEL, grid, args, constants, config["warps"], config["stages"]))
-    return out, launches
+    args = {**args, **sizes, **strides(v, "v", "bnh")}
+    return Launch(KERNEL, grid, args, constants, config["warps"], config["stages"])
 
 
 def _stats(
