@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from heatsink.kernels import _native
+from heatsink.kernels._attention_space import attention_space
 from heatsink.kernels._checks import FLOATS, check_tensors, short
 from heatsink.kernels._config import Config, Key, lookup, target_of
 from heatsink.kernels._heads import (
-    MAX_HEAD_DIM,
     check_bias,
     check_heads,
     check_scale,
@@ -47,12 +47,8 @@ KERNEL = Kernel("attention", module="attention", plain=(*_PLAIN, "batches"), scr
 WHOLE = Kernel("attention_whole", module="attention_whole", plain=_PLAIN)
 
 LOG2_E = 1.4426950408889634
-# The most keys that count as short in configuration keys, and that a tuner tries to hold whole.
+# The most keys that count as short in configuration keys.
 SHORT = 512
-_WHOLE_KEYS = 128
-# Where descriptors exist, and as many programs as an H100 or H200 has multiprocessors.
-_TMA_ARCH = 90
-_PROGRAMS = 132
 # How products of fp32 are taken: by `PRECISION` in a configuration.
 _PRECISIONS = ("ieee", "tf32x3")
 
@@ -239,14 +235,14 @@ def _case(
     head_dim: int,
     dtype: torch.dtype = torch.float16,
     causal: bool = False,
-    biased: bool = False,
+    bias_rows: int = 0,
 ) -> Case:
     def make(device: torch.device) -> Inputs:
         packed = normal((2, queries, 3, heads, head_dim), dtype, device, seed=1)
         q, k, v = packed.unbind(2)
         if keys != queries:
             k, v = normal((2, keys, 2, heads, head_dim), dtype, device, seed=2).unbind(2)
-        bias = normal((1, 1, queries, keys), dtype, device, seed=3) if biased else None
+        bias = normal((1, 1, bias_rows, keys), dtype, device, seed=3) if bias_rows else None
         return {"q": q, "k": k, "v": v, "causal": causal, "bias": bias}
 
     return Case(f"{name}-{queries}x{keys}x{head_dim}-{short(dtype)}", make)
@@ -274,7 +270,10 @@ _CASES = (
     _case("vae", 16384, 16384, 1, 512, _BF16),
     _case("vae", 4096, 4096, 1, 512, _FP32),
     _case("clip-causal", 77, 77, 12, 64, causal=True),
-    _case("text-bias", 512, 512, 64, 64, _BF16, biased=True),
+    _case("text-bias", 512, 512, 64, 64, _BF16, bias_rows=512),
+    _case("text-causal", 512, 512, 32, 128, _BF16, causal=True),
+    _case("masked-self", 4096, 4096, 16, 72),
+    _case("masked-cross", 4096, 300, 16, 72, bias_rows=1),
     _case("bundled-self", 64, 64, 8, 32, _FP32),
     _case("bundled-self", 16, 16, 8, 32, _FP32),
     _case("bundled-cross", 64, 24, 8, 32, _FP32),
@@ -284,36 +283,6 @@ _CASES = (
 )
 
 
-def _space(key: Key, arch: int) -> list[Config]:
-    """Block sizes, and on Hopper and later descriptors and persistent programs."""
-    shared = {"SPLIT_D": 1, "SPLIT_N": 1, "BLOCKS": 1, "PROGRAMS": 0, "TMA": 0, "WHOLE": 0}
-    shared["PRECISION"] = 0
-    blocks = [
-        {**shared, "BLOCK_M": m, "BLOCK_N": n, "warps": warps, "stages": stages, "SPLIT_D": split}
-        for m in (32, 64, 128)
-        for n in (32, 64, 128)
-        for warps in (4, 8)
-        for stages in (2, 3)
-        for split in (0, 1)
-    ]
-    if arch >= _TMA_ARCH:
-        blocks += [
-            {**config, "TMA": tma, "PROGRAMS": programs}
-            for config in blocks
-            for tma, programs in ((1, 0), (0, _PROGRAMS), (1, _PROGRAMS))
-        ]
-    if int(key["seq_k"]) <= _WHOLE_KEYS and int(key["head_dim"]) <= MAX_HEAD_DIM:
-        blocks += [
-            {**shared, "WHOLE": 1, "BLOCK_M": m, "BLOCKS": n, "SPLIT_N": split, "BLOCK_N": 16}
-            | {"warps": warps, "stages": 1}
-            for m in (16, 32, 64, 128)
-            for n in (1, 2, 4)
-            for split in (0, 1)
-            for warps in (4, 8)
-        ]
-    return blocks
-
-
 OP = Op(
     name="attention",
     public=attention,
@@ -321,7 +290,7 @@ OP = Op(
     cases=_CASES,
     key=key,
     plan=plan,
-    space=_space,
+    space=attention_space,
     smoke=("sdxl-self-4096x4096x64-fp16", "sdxl-cross-4096x77x64-fp16"),
 )
 _native.load()
