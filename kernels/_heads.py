@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from heatsink.kernels._checks import check_shape
-from heatsink.kernels._launch import ALIGNMENT, Value
+from heatsink.kernels._launch import ALIGNMENT, Value, address
 
 MAX_HEAD_DIM = 256
 VAE_HEAD_DIM = 512
@@ -71,39 +72,55 @@ def parts(size: int, split: int, least: int = 16) -> tuple[int, int]:
     return first, second
 
 
-def stride_unit(*tensors: Tensor) -> int:
-    """What strides are passed in units of: the elements in 16 bytes, or 1.
+def stride_unit(x: Tensor) -> int:
+    """What strides are passed in units of: the elements in 16 bytes, or 1 where rows are no such.
 
     A stride of 40 is no multiple of 16, so Triton would not see that heads of 40 begin at
     multiples of 16 bytes, and would load them an element at a time.
     """
-    unit = ALIGNMENT // tensors[0].element_size()
-    aligned = all(
-        x.stride(-1) == 1 and all(stride % unit == 0 for stride in x.stride()[:-1]) for x in tensors
-    )
-    return unit if aligned else 1
+    unit = ALIGNMENT // x.element_size()
+    return unit if x.shape[-1] % unit == 0 else 1
 
 
-def strides(x: Tensor | None, name: str, dims: str, unit: int = 1) -> dict[str, Value]:
-    """A tensor's strides as kernel parameters, in the order b, h, tokens, d; None where it is.
+def settled(x: Tensor, broadcast: bool = True) -> Tensor:
+    """`x`, or a copy, such that its sizes and dtype alone decide which binary reads it.
 
-    All but that of `d` are in units of `unit` elements.
+    How a kernel's loads are laid out, and on some architectures its sums with them, follows from
+    what Triton knows of addresses and strides. So a last dimension that is not dense, an address
+    off 16 bytes, and strides off `stride_unit` cost a copy, and strides are never specialised.
+    Views of a packed projection and of a batch need none where rows are multiples of 16 bytes.
+
+    Args:
+        x: `(..., D)`.
+        broadcast: whether strides may be 0, as a TMA descriptor's may not.
+    """
+    unit = stride_unit(x)
+    steps = list(zip(x.shape[:-1], x.stride()[:-1], strict=True))
+    if broadcast:
+        even = all(size == 1 or step % unit == 0 for size, step in steps)
+    else:
+        even = all(step > 0 and step % unit == 0 for _, step in steps)
+    dense = x.shape[-1] == 1 or x.stride(-1) == 1
+    if dense and even and address(x) % ALIGNMENT == 0:
+        return x
+    once = x
+    if broadcast:
+        for dim, (_, step) in enumerate(steps):
+            once = once.narrow(dim, 0, 1) if step == 0 else once
+    copy = torch.empty(once.shape, dtype=x.dtype, device=x.device).copy_(once)
+    return copy.expand(x.shape)
+
+
+def strides(x: Tensor | None, name: str, dims: str) -> dict[str, Value]:
+    """A tensor's strides as kernel parameters, in units of `stride_unit`; None where it is None.
+
+    Args:
+        x: `settled`; its last dimension is dense and has no parameter.
+        name: what comes after `stride_`.
+        dims: a letter for each dimension but the last; parameters are in the order b, h, tokens.
     """
     by_dim: dict[str, Value] = dict.fromkeys(dims)
     if x is not None:
-        by_dim = {
-            dim: stride if dim == "d" else stride // unit
-            for dim, stride in zip(dims, x.stride(), strict=True)
-        }
-    return {f"stride_{name}{dim}": by_dim[dim] for dim in "bhmnsd" if dim in by_dim}
-
-
-def describable(x: Tensor) -> bool:
-    """Whether a TMA descriptor can describe it: a dense last dimension, the rest aligned."""
-    size = x.element_size()
-    aligned = x.device.type == "meta" or x.data_ptr() % ALIGNMENT == 0
-    return (
-        aligned
-        and x.stride(-1) == 1
-        and all(stride * size % ALIGNMENT == 0 and stride > 0 for stride in x.stride()[:-1])
-    )
+        unit = stride_unit(x)
+        by_dim = {dim: step // unit for dim, step in zip(dims, x.stride()[:-1], strict=True)}
+    return {f"stride_{name}{dim}": by_dim[dim] for dim in "bhmns" if dim in by_dim}

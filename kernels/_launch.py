@@ -102,14 +102,18 @@ class Launch:
         return f"{self.kernel.name}({types})[{constants}]w{self.warps}s{self.stages}"
 
 
+def address(x: Tensor) -> int:
+    """Where a tensor begins; one without memory stands for one where the allocator puts it."""
+    if x.device.type == "meta":
+        return int(x.storage_offset()) * x.element_size()
+    return x.data_ptr()
+
+
 def _type_of(name: str, value: Value, kernel: Kernel) -> str:
     if value is None:
         return "=None"
     if isinstance(value, Tensor):
-        # A tensor without memory stands for one in memory as the allocator gives it.
-        meta = value.device.type == "meta"
-        address = value.storage_offset() * value.element_size() if meta else value.data_ptr()
-        return _POINTERS[value.dtype] + (":16" if address % ALIGNMENT == 0 else "")
+        return _POINTERS[value.dtype] + (":16" if address(value) % ALIGNMENT == 0 else "")
     if isinstance(value, float):
         return "fp32"
     kind = "i32" if -(2**31) <= value < 2**31 else "i64"

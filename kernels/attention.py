@@ -1,7 +1,7 @@
 """Attention: `softmax(scale * q k^T + bias) v`, a head at a time, in one pass.
 
-Layouts: `q (B, Sq, H, D)`, `k` and `v (B, Sk, H, D)`, any strides, so views of a packed projection
-need no copy; the output is `(B, Sq, H, D)`, contiguous. Head dims 1 to 256, and 512 (the middle
+Layouts: `q (B, Sq, H, D)`, `k` and `v (B, Sk, H, D)`, any strides; views of a packed projection
+need no copy on CUDA where heads are multiples of 16 bytes (`_heads.settled`); the output is `(B, Sq, H, D)`, contiguous. Head dims 1 to 256, and 512 (the middle
 block of an autoencoder). fp16, bf16, fp32; scores, softmax and sums are fp32 and rounded once at
 the end; the weights are rounded to the dtype before they meet `v`.
 
@@ -18,37 +18,37 @@ Sources: Milakov and Gimelshein, "Online normalizer calculation for softmax"
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from heatsink.kernels import _native
+from heatsink.kernels._attention_space import attention_space
 from heatsink.kernels._checks import FLOATS, check_tensors, short
 from heatsink.kernels._config import Config, Key, lookup, target_of
 from heatsink.kernels._heads import (
-    MAX_HEAD_DIM,
     check_bias,
     check_heads,
     check_scale,
-    describable,
     parts,
+    settled,
     stride_unit,
     strides,
 )
 from heatsink.kernels._launch import Kernel, Launch, Value, run
 from heatsink.kernels._op import Case, Inputs, Op, normal
 
-KERNEL = Kernel(
-    "attention", module="attention", plain=("batches", "heads", "seq_q", "seq_k"), scratch=True
+# Never specialised: one binary reads every place in a batch, alone or packed.
+_PLAIN = ("heads", "seq_q", "seq_k") + tuple(
+    f"stride_{of}" for of in ("qb", "qh", "qm", "kb", "kh", "kn", "vb", "vh", "vn", "bb", "bh", "bm")
 )
-WHOLE = Kernel("attention_whole", module="attention_whole", plain=("heads", "seq_q", "seq_k"))
+KERNEL = Kernel("attention", module="attention", plain=(*_PLAIN, "batches"), scratch=True)
+WHOLE = Kernel("attention_whole", module="attention_whole", plain=_PLAIN)
 
 LOG2_E = 1.4426950408889634
-# The most keys that count as short in configuration keys, and that a tuner tries to hold whole.
+# The most keys that count as short in configuration keys.
 SHORT = 512
-_WHOLE_KEYS = 128
-# Where descriptors exist, and as many programs as an H100 or H200 has multiprocessors.
-_TMA_ARCH = 90
-_PROGRAMS = 132
 # How products of fp32 are taken: by `PRECISION` in a configuration.
 _PRECISIONS = ("ieee", "tf32x3")
 
@@ -126,33 +126,60 @@ def plan(
 ) -> tuple[Tensor, list[Launch]]:
     """The output and the launch that fills it."""
     batch, seq_q, heads, head_dim = q.shape
-    seq_k = k.shape[1]
-    scale = check_scale(scale, head_dim)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if bias is not None:
-        bias = bias.expand(batch, heads, seq_q, seq_k)
-    head_a, head_b = parts(head_dim, config["SPLIT_D"])
-    unit = stride_unit(q, k, v)
-    args: dict[str, Value] = {
+        bias = settled(bias.expand(batch, heads, seq_q, k.shape[1]))
+    tma = bool(config["TMA"]) and not config["WHOLE"] and stride_unit(q) > 1
+    q, k, v = settled(q), settled(k, broadcast=not tma), settled(v, broadcast=not tma)
+    scale = check_scale(scale, head_dim)
+    # Without a bias the scores stay in units of log2.
+    args = _args(q, k, v, bias, out, scale * LOG2_E if bias is None else scale)
+    constants = _constants(config, q, bias, causal)
+    blocks = -(-seq_q // config["BLOCK_M"])
+    if config["WHOLE"]:
+        keys_a, keys_b = parts(k.shape[1], config["SPLIT_N"])
+        constants |= {"BLOCKS": config["BLOCKS"], "KEYS_A": keys_a, "KEYS_B": keys_b}
+        kernel, tiles = WHOLE, -(-blocks // config["BLOCKS"]) * heads * batch
+    else:
+        constants |= {"BLOCK_N": config["BLOCK_N"], "RAGGED": k.shape[1] % config["BLOCK_N"] != 0}
+        constants |= {"PROGRAMS": config["PROGRAMS"], "TMA": tma}
+        args["batches"] = batch
+        kernel, tiles = KERNEL, blocks * heads * batch
+        tiles = min(tiles, config["PROGRAMS"] or tiles)
+    return out, [
+        Launch(kernel, (tiles, 1, 1), args, constants, config["warps"], config["stages"])
+    ]
+
+
+def _args(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, scale: float
+) -> dict[str, Value]:
+    """The parameters of both kernels; `batches` comes after them where it is one."""
+    return {
         "q_ptr": q,
         "k_ptr": k,
         "v_ptr": v,
         "bias_ptr": bias,
         "out_ptr": out,
-        "batches": batch,
-        "heads": heads,
-        "seq_q": seq_q,
-        "seq_k": seq_k,
-        # Without a bias the scores stay in units of log2.
-        "scale": scale * LOG2_E if bias is None else scale,
-        **strides(q, "q", "bmhd", unit),
-        **strides(k, "k", "bnhd", unit),
-        **strides(v, "v", "bnhd", unit),
-        **strides(bias, "b", "bhmn"),
+        "heads": q.shape[2],
+        "seq_q": q.shape[1],
+        "seq_k": k.shape[1],
+        "scale": scale,
+        **strides(q, "q", "bmh"),
+        **strides(k, "k", "bnh"),
+        **strides(v, "v", "bnh"),
+        **strides(bias, "b", "bhm"),
     }
-    constants = {
+
+
+def _constants(config: Config, q: Tensor, bias: Tensor | None, causal: bool) -> dict[str, Any]:
+    """The constants of both kernels."""
+    head_dim = q.shape[3]
+    head_a, head_b = parts(head_dim, config["SPLIT_D"])
+    return {
         "BLOCK_M": config["BLOCK_M"],
-        "UNIT": unit,
+        "UNIT": stride_unit(q),
+        "BIAS_UNIT": 1 if bias is None else stride_unit(bias),
         "HEAD_DIM": head_dim,
         "HEAD_A": head_a,
         "HEAD_B": head_b,
@@ -161,24 +188,6 @@ def plan(
         "PRECISION": _PRECISIONS[config["PRECISION"]],
         "UPCAST": q.dtype == torch.bfloat16 and q.device.type == "cpu",
     }
-    blocks = -(-seq_q // config["BLOCK_M"])
-    if config["WHOLE"]:
-        keys_a, keys_b = parts(seq_k, config["SPLIT_N"])
-        constants |= {"BLOCKS": config["BLOCKS"], "KEYS_A": keys_a, "KEYS_B": keys_b}
-        del args["batches"]
-        kernel, tiles = WHOLE, -(-blocks // config["BLOCKS"]) * heads * batch
-    else:
-        kernel, tiles = KERNEL, blocks * heads * batch
-        constants |= {
-            "BLOCK_N": config["BLOCK_N"],
-            "RAGGED": seq_k % config["BLOCK_N"] != 0,
-            "PROGRAMS": config["PROGRAMS"],
-            "TMA": bool(config["TMA"]) and describable(k) and describable(v),
-        }
-        tiles = min(tiles, config["PROGRAMS"] or tiles)
-    grid = (tiles, 1, 1)
-    launch = Launch(kernel, grid, args, constants, config["warps"], config["stages"])
-    return out, [launch]
 
 
 def _attention_triton(
@@ -226,14 +235,14 @@ def _case(
     head_dim: int,
     dtype: torch.dtype = torch.float16,
     causal: bool = False,
-    biased: bool = False,
+    bias_rows: int = 0,
 ) -> Case:
     def make(device: torch.device) -> Inputs:
         packed = normal((2, queries, 3, heads, head_dim), dtype, device, seed=1)
         q, k, v = packed.unbind(2)
         if keys != queries:
             k, v = normal((2, keys, 2, heads, head_dim), dtype, device, seed=2).unbind(2)
-        bias = normal((1, 1, queries, keys), dtype, device, seed=3) if biased else None
+        bias = normal((1, 1, bias_rows, keys), dtype, device, seed=3) if bias_rows else None
         return {"q": q, "k": k, "v": v, "causal": causal, "bias": bias}
 
     return Case(f"{name}-{queries}x{keys}x{head_dim}-{short(dtype)}", make)
@@ -261,7 +270,10 @@ _CASES = (
     _case("vae", 16384, 16384, 1, 512, _BF16),
     _case("vae", 4096, 4096, 1, 512, _FP32),
     _case("clip-causal", 77, 77, 12, 64, causal=True),
-    _case("text-bias", 512, 512, 64, 64, _BF16, biased=True),
+    _case("text-bias", 512, 512, 64, 64, _BF16, bias_rows=512),
+    _case("text-causal", 512, 512, 32, 128, _BF16, causal=True),
+    _case("masked-self", 4096, 4096, 16, 72),
+    _case("masked-cross", 4096, 300, 16, 72, bias_rows=1),
     _case("bundled-self", 64, 64, 8, 32, _FP32),
     _case("bundled-self", 16, 16, 8, 32, _FP32),
     _case("bundled-cross", 64, 24, 8, 32, _FP32),
@@ -271,36 +283,6 @@ _CASES = (
 )
 
 
-def _space(key: Key, arch: int) -> list[Config]:
-    """Block sizes, and on Hopper and later descriptors and persistent programs."""
-    shared = {"SPLIT_D": 1, "SPLIT_N": 1, "BLOCKS": 1, "PROGRAMS": 0, "TMA": 0, "WHOLE": 0}
-    shared["PRECISION"] = 0
-    blocks = [
-        {**shared, "BLOCK_M": m, "BLOCK_N": n, "warps": warps, "stages": stages, "SPLIT_D": split}
-        for m in (32, 64, 128)
-        for n in (32, 64, 128)
-        for warps in (4, 8)
-        for stages in (2, 3)
-        for split in (0, 1)
-    ]
-    if arch >= _TMA_ARCH:
-        blocks += [
-            {**config, "TMA": tma, "PROGRAMS": programs}
-            for config in blocks
-            for tma, programs in ((1, 0), (0, _PROGRAMS), (1, _PROGRAMS))
-        ]
-    if int(key["seq_k"]) <= _WHOLE_KEYS and int(key["head_dim"]) <= MAX_HEAD_DIM:
-        blocks += [
-            {**shared, "WHOLE": 1, "BLOCK_M": m, "BLOCKS": n, "SPLIT_N": split, "BLOCK_N": 16}
-            | {"warps": warps, "stages": 1}
-            for m in (16, 32, 64, 128)
-            for n in (1, 2, 4)
-            for split in (0, 1)
-            for warps in (4, 8)
-        ]
-    return blocks
-
-
 OP = Op(
     name="attention",
     public=attention,
@@ -308,7 +290,7 @@ OP = Op(
     cases=_CASES,
     key=key,
     plan=plan,
-    space=_space,
+    space=attention_space,
     smoke=("sdxl-self-4096x4096x64-fp16", "sdxl-cross-4096x77x64-fp16"),
 )
 _native.load()

@@ -16,19 +16,22 @@ or without outlier channels in K: below 2e-2 by default and below 7e-2 for `pure
 in the root mean square, and no averaging helps where values have no mean: each of Q and K, the
 weights and V alone adds more than 2e-2. So `pure` can't be that exact, whatever its scales.
 
-Every launch that smooths and quantises is a part of the op. CUDA: Triton, sm_89 and later; speed is
-unmeasured. Elsewhere: the same quantisation in PyTorch operations, with weights not rounded.
+Every launch that smooths and quantises is a part of the op. CUDA: Triton, sm_80 and later, `pure`
+sm_89 and later; speed is unmeasured. Elsewhere: the same quantisation in PyTorch operations, with
+weights not rounded.
 
 Source: Zhang et al., "SageAttention" (https://arxiv.org/abs/2410.02367) for smoothing K.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from heatsink.kernels._attention_space import attention_fp8_space
 from heatsink.kernels._checks import check_tensors, short
 from heatsink.kernels._config import Config, Key, lookup, target_of
 from heatsink.kernels._heads import (
@@ -36,24 +39,30 @@ from heatsink.kernels._heads import (
     check_heads,
     check_scale,
     parts,
+    settled,
     stride_unit,
     strides,
 )
-from heatsink.kernels._launch import Kernel, Launch, Value, run
+from heatsink.kernels._launch import ARCHS, Kernel, Launch, Value, run
 from heatsink.kernels._op import Case, Inputs, Op, normal
 from heatsink.kernels.attention import LOG2_E, _attention_torch
 
 Constants = dict[str, Any]
 
-_ARCHS = (89, 90, 100, 120)
+# e4m3 products, and conversions to e4m3, are there from sm_89 on.
+_E4M3_ARCHS = tuple(arch for arch in ARCHS if arch >= 89)
+# Sizes and strides are never specialised: one binary reads every place in a batch.
 _LAYOUT = ("heads", "chunks", "seq")
 _BLOCKS = (*_LAYOUT, "blocks")
-STATS = Kernel("attention_fp8_stats", "attention_fp8_quantise", _ARCHS, plain=_LAYOUT)
-ROWS = Kernel("attention_fp8_rows", "attention_fp8_quantise", _ARCHS, plain=_BLOCKS)
+_X = ("stride_xb", "stride_xh", "stride_xs")
+_K = ("stride_kb", "stride_kh", "stride_kn")
+_V = ("stride_vb", "stride_vh", "stride_vn")
+STATS = Kernel("attention_fp8_stats", "attention_fp8_quantise", plain=(*_LAYOUT, *_K, *_V))
+ROWS = Kernel("attention_fp8_rows", "attention_fp8_quantise", plain=(*_BLOCKS, *_X))
 VALUES = Kernel(
-    "attention_fp8_values", "attention_fp8_quantise", _ARCHS, plain=(*_LAYOUT, "blocks")
+    "attention_fp8_values", "attention_fp8_quantise", _E4M3_ARCHS, plain=(*_BLOCKS, *_V)
 )
-KERNEL = Kernel("attention_fp8", "attention_fp8", _ARCHS, plain=("heads", "seq_q", "seq_k"))
+KERNEL = Kernel("attention_fp8", "attention_fp8", plain=("heads", "seq_q", "seq_k", *_V))
 
 FLOATS = (torch.float16, torch.bfloat16)
 E4M3 = torch.float8_e4m3fn
@@ -82,7 +91,7 @@ def attention_fp8(
     Raises:
         TypeError: if an argument is no tensor or its dtype is another.
         ValueError: if shapes or devices differ, the head dim or scale is out of range, or a
-            gradient is required.
+            gradient is required, or a CUDA device is too old for `pure`.
     """
     check_tensors({"q": q, "k": k, "v": v}, FLOATS)
     check_heads(q, k, v)
@@ -117,8 +126,8 @@ def plan(
     """The output, and the launches that measure, quantise and multiply."""
     head_dim = q.shape[3]
     width, _ = parts(head_dim, 0, least=32)
-    unit = stride_unit(q, k, v)
-    tile: Constants = {"UNIT": unit, "HEAD_DIM": head_dim, "WIDTH": width}
+    q, k, v = settled(q), settled(k), settled(v)
+    tile: Constants = {"UNIT": stride_unit(q), "HEAD_DIM": head_dim, "WIDTH": width}
     tile["EMULATE"] = q.device.type == "cpu"
     factor = check_scale(scale, head_dim) * LOG2_E
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -138,11 +147,26 @@ def plan(
         "v_ptr": v8,
         "v_scale_ptr": v_scale,
         "out_ptr": out,
-        "heads": q.shape[2],
-        "seq_q": q.shape[1],
-        "seq_k": k.shape[1],
-        **strides(None if pure else v, "v", "bnhd", unit),
     }
+    grid = (q_scale.numel() // config["BLOCK_M"], 1, 1)
+    launches.append(_product(config, grid, args, q, k, None if pure else v, tile))
+    if pure:
+        launches = [replace(one, kernel=replace(one.kernel, archs=_E4M3_ARCHS)) for one in launches]
+    return out, launches
+
+
+def _product(
+    config: Config,
+    grid: tuple[int, int, int],
+    args: dict[str, Value],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    tile: Constants,
+) -> Launch:
+    """The launch that multiplies; `v` is None where it is quantised, and so dense."""
+    head_dim = q.shape[3]
+    sizes: dict[str, Value] = {"heads": q.shape[2], "seq_q": q.shape[1], "seq_k": k.shape[1]}
     row_a, row_b = parts(head_dim, config["SPLIT_D"], least=32)
     head_a, head_b = parts(head_dim, config["SPLIT_D"])
     constants = tile | {
@@ -153,11 +177,10 @@ def plan(
         "HEAD_A": head_a,
         "HEAD_B": head_b,
         "RAGGED": k.shape[1] % config["BLOCK_N"] != 0,
-        "PURE": pure,
+        "PURE": v is None,
     }
-    grid = (q_scale.numel() // config["BLOCK_M"], 1, 1)
-    launches.append(Launch(KERNEL, grid, args, constants, config["warps"], config["stages"]))
-    return out, launches
+    args = {**args, **sizes, **strides(v, "v", "bnh")}
+    return Launch(KERNEL, grid, args, constants, config["warps"], config["stages"])
 
 
 def _stats(
@@ -176,8 +199,8 @@ def _stats(
         "heads": heads,
         "chunks": chunks,
         "seq": seq,
-        **strides(k, "k", "bnhd", tile["UNIT"]),
-        **strides(v, "v", "bnhd", tile["UNIT"]),
+        **strides(k, "k", "bnh"),
+        **strides(v, "v", "bnh"),
     }
     constants = tile | {"CHUNK": config["CHUNK"], "PURE": pure}
     del constants["EMULATE"]
@@ -210,7 +233,7 @@ def _rows(
         "seq": seq,
         "blocks": blocks,
         "factor": factor,
-        **strides(x, "x", "bshd", tile["UNIT"]),
+        **strides(x, "x", "bsh"),
     }
     constants = tile | {"BLOCK": block, "KEYS": sums is not None, "PURE": pure}
     grid = (batch * heads, blocks, 1)
@@ -235,7 +258,7 @@ def _values(
         "chunks": peaks.shape[1],
         "seq": seq,
         "blocks": blocks,
-        **strides(v, "v", "bnhd", tile["UNIT"]),
+        **strides(v, "v", "bnh"),
     }
     constants = tile | {"BLOCK": block}
     grid = (batch * heads, blocks, 1)
@@ -243,7 +266,11 @@ def _values(
 
 
 def _attention_fp8_triton(q: Tensor, k: Tensor, v: Tensor, scale: float, pure: bool) -> Tensor:
-    config = lookup("attention_fp8", key(q, k, v, scale, pure), target_of(q.device))
+    target = target_of(q.device)
+    # On the CPU the interpreter stands in, and it has e4m3.
+    if pure and q.device.type != "cpu" and target.arch < min(_E4M3_ARCHS):
+        raise ValueError(f"pure: expected a device of sm_89 or later, got sm_{target.arch}")
+    config = lookup("attention_fp8", key(q, k, v, scale, pure), target)
     out, launches = plan(config, q, k, v, scale, pure)
     run(launches)
     return out
@@ -293,26 +320,6 @@ def _case(name: str, tokens: int, heads: int, head_dim: int, pure: bool) -> Case
     return Case(f"{name}-{'e4m3' if pure else 'int8'}", make)
 
 
-def _space(key: Key, arch: int) -> list[Config]:
-    """Block sizes around those of the default."""
-    return [
-        {
-            "BLOCK_M": block_m,
-            "BLOCK_N": block_n,
-            "CHUNK": 128,
-            "SPLIT_D": split,
-            "side_warps": 4,
-            "warps": warps,
-            "stages": stages,
-        }
-        for block_m in (64, 128)
-        for block_n in (64, 128)
-        for split in (0, 1)
-        for warps in (4, 8)
-        for stages in (2, 3, 4)
-    ]
-
-
 OP = Op(
     name="attention_fp8",
     public=attention_fp8,
@@ -331,6 +338,6 @@ OP = Op(
     ),
     key=key,
     plan=plan,
-    space=_space,
+    space=attention_fp8_space,
     smoke=("sdxl-4096x64-int8", "sdxl-4096x64-e4m3"),
 )

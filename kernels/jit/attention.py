@@ -9,10 +9,11 @@ from heatsink.kernels.jit.attention_tiles import (
     at,
     biased,
     dot,
+    load_head,
     load_tile,
-    share,
-    store_tile,
+    store_head,
     weights,
+    zero_head,
 )
 
 
@@ -30,6 +31,28 @@ def _describe(ptr, sizes, strides, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def _describe_both(
+    k,
+    v,
+    sizes,
+    BLOCK_N: tl.constexpr,
+    HEAD_A: tl.constexpr,
+    HEAD_B: tl.constexpr,
+):
+    # Descriptors of K's and V's parts: K first, each with its second part after it.
+    k_ptr, k_strides = k[0], (k[1], k[2], k[3])
+    v_ptr, v_strides = v[0], (v[1], v[2], v[3])
+    desc_k = _describe(k_ptr, sizes, k_strides, BLOCK_N, HEAD_A)
+    desc_v = _describe(v_ptr, sizes, v_strides, BLOCK_N, HEAD_A)
+    if HEAD_B > 0:
+        desc_kb = _describe(k_ptr, sizes, k_strides, BLOCK_N, HEAD_B)
+        desc_vb = _describe(v_ptr, sizes, v_strides, BLOCK_N, HEAD_B)
+        return desc_k, desc_kb, desc_v, desc_vb
+    else:
+        return desc_k, None, desc_v, None
+
+
+@triton.jit
 def _load_keys(
     source,
     desc,
@@ -42,13 +65,13 @@ def _load_keys(
     MASKED: tl.constexpr,
 ):
     # BLOCK_N tokens of K or V from `start` on, through a descriptor where there is one.
-    ptr, stride_s, stride_d, batch, head = source
+    ptr, stride_s, batch, head = source
     if desc is not None:
         tile = desc.load([batch, head, start, FIRST]).reshape(BLOCK_N, WIDTH)
     else:
         ptr += tl.cast(start, tl.int64) * stride_s
         rows -= start
-        tile = load_tile(ptr, stride_s, stride_d, rows, BLOCK_N, FIRST, WIDTH, HEAD_DIM, MASKED)
+        tile = load_tile(ptr, stride_s, 1, rows, BLOCK_N, FIRST, WIDTH, HEAD_DIM, MASKED)
     return tile
 
 
@@ -140,23 +163,16 @@ def _block(
     rows = seq_q - start_m
     start_m = tl.cast(start_m, tl.int64)
     q_ptr = at(q[0], q[1], q[2], batch, head) + start_m * q[3]
-    q_a = load_tile(q_ptr, q[3], q[4], rows, BLOCK_M, 0, HEAD_A, HEAD_DIM, True)
-    q_b = q_a
-    if HEAD_B > 0:
-        q_b = load_tile(q_ptr, q[3], q[4], rows, BLOCK_M, HEAD_A, HEAD_B, HEAD_DIM, True)
-    queries = (q_a, q_b)
-    keys = (at(k[0], k[1], k[2], batch, head), k[3], k[4], batch, head)
-    values = (at(v[0], v[1], v[2], batch, head), v[3], v[4], batch, head)
+    queries = load_head(q_ptr, q[3], rows, BLOCK_M, HEAD_DIM, HEAD_A, HEAD_B)
+    keys = (at(k[0], k[1], k[2], batch, head), k[3], batch, head)
+    values = (at(v[0], v[1], v[2], batch, head), v[3], batch, head)
     if HAS_BIAS:
-        bias = (at(bias[0], bias[1], bias[2], batch, head), bias[3], bias[4])
+        bias = (at(bias[0], bias[1], bias[2], batch, head), bias[3])
     offs_m = start_m + tl.arange(0, BLOCK_M)
 
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
-    acc_a = tl.zeros([BLOCK_M, HEAD_A], tl.float32)
-    acc_b = acc_a
-    if HEAD_B > 0:
-        acc_b = tl.zeros([BLOCK_M, HEAD_B], tl.float32)
+    acc_a, acc_b = zero_head(BLOCK_M, HEAD_A, HEAD_B)
     state = (acc_a, acc_b, m_i, l_i)
     # Blocks whose every key every query sees need no mask.
     whole = seq_k // BLOCK_N * BLOCK_N
@@ -213,20 +229,35 @@ def _block(
 
     width = heads * HEAD_DIM
     out_ptr += (tl.cast(batch, tl.int64) * seq_q + start_m) * width + head * HEAD_DIM
-    store_tile(out_ptr, share(acc_a, l_i, HAS_BIAS), width, rows, BLOCK_M, 0, HEAD_A, HEAD_DIM)
-    if HEAD_B > 0:
-        acc_b = share(acc_b, l_i, HAS_BIAS)
-        store_tile(out_ptr, acc_b, width, rows, BLOCK_M, HEAD_A, HEAD_B, HEAD_DIM)
+    store_head(out_ptr, acc_a, acc_b, l_i, width, rows, BLOCK_M, HEAD_DIM, HEAD_A, HEAD_B, HAS_BIAS)
 
 
-@triton.jit(do_not_specialize=["batches", "heads", "seq_q", "seq_k"])
+@triton.jit(
+    do_not_specialize=[
+        "heads",
+        "seq_q",
+        "seq_k",
+        "stride_qb",
+        "stride_qh",
+        "stride_qm",
+        "stride_kb",
+        "stride_kh",
+        "stride_kn",
+        "stride_vb",
+        "stride_vh",
+        "stride_vn",
+        "stride_bb",
+        "stride_bh",
+        "stride_bm",
+        "batches",
+    ]
+)
 def _attention_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
     bias_ptr,
     out_ptr,
-    batches,
     heads,
     seq_q,
     seq_k,
@@ -234,22 +265,20 @@ def _attention_kernel(
     stride_qb,
     stride_qh,
     stride_qm,
-    stride_qd,
     stride_kb,
     stride_kh,
     stride_kn,
-    stride_kd,
     stride_vb,
     stride_vh,
     stride_vn,
-    stride_vd,
     stride_bb,
     stride_bh,
     stride_bm,
-    stride_bn,
+    batches,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     UNIT: tl.constexpr,
+    BIAS_UNIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_A: tl.constexpr,
     HEAD_B: tl.constexpr,
@@ -261,23 +290,15 @@ def _attention_kernel(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    q = (q_ptr, stride_qb * UNIT, stride_qh * UNIT, stride_qm * UNIT, stride_qd)
-    k = (k_ptr, stride_kb * UNIT, stride_kh * UNIT, stride_kn * UNIT, stride_kd)
-    v = (v_ptr, stride_vb * UNIT, stride_vh * UNIT, stride_vn * UNIT, stride_vd)
-    bias = (bias_ptr, stride_bb, stride_bh, stride_bm, stride_bn)
+    q = (q_ptr, stride_qb * UNIT, stride_qh * UNIT, stride_qm * UNIT)
+    k = (k_ptr, stride_kb * UNIT, stride_kh * UNIT, stride_kn * UNIT)
+    v = (v_ptr, stride_vb * UNIT, stride_vh * UNIT, stride_vn * UNIT)
+    bias = None
+    if HAS_BIAS:
+        bias = (bias_ptr, stride_bb * BIAS_UNIT, stride_bh * BIAS_UNIT, stride_bm * BIAS_UNIT)
     descs = (None, None, None, None)
     if TMA:
-        sizes = (batches, heads, seq_k, HEAD_DIM)
-        k_strides = (stride_kb * UNIT, stride_kh * UNIT, stride_kn * UNIT)
-        v_strides = (stride_vb * UNIT, stride_vh * UNIT, stride_vn * UNIT)
-        desc_k = _describe(k_ptr, sizes, k_strides, BLOCK_N, HEAD_A)
-        desc_v = _describe(v_ptr, sizes, v_strides, BLOCK_N, HEAD_A)
-        if HEAD_B > 0:
-            desc_kb = _describe(k_ptr, sizes, k_strides, BLOCK_N, HEAD_B)
-            desc_vb = _describe(v_ptr, sizes, v_strides, BLOCK_N, HEAD_B)
-            descs = (desc_k, desc_kb, desc_v, desc_vb)
-        else:
-            descs = (desc_k, None, desc_v, None)
+        descs = _describe_both(k, v, (batches, heads, seq_k, HEAD_DIM), BLOCK_N, HEAD_A, HEAD_B)
     if PROGRAMS > 0:
         tiles = tl.cdiv(seq_q, BLOCK_M) * heads * batches
         for tile in range(tl.program_id(0), tiles, PROGRAMS):

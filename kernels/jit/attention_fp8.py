@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from heatsink.kernels.jit.attention_fp8_quantise import to_e4m3
-from heatsink.kernels.jit.attention_tiles import at, dot, load_tile, store_tile
+from heatsink.kernels.jit.attention_tiles import at, dot, load_tile, store_tile, zero_head
 
 # log2 of the largest finite value of e4m3.
 E4M3_MAX_LOG2 = tl.constexpr(8.807354922057604)
@@ -89,26 +89,52 @@ def _attend(
 
 
 @triton.jit
+def _load_queries(
+    q_ptr,
+    q_scale_ptr,
+    row,
+    BLOCK_M: tl.constexpr,
+    ROW_A: tl.constexpr,
+    ROW_B: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    # Both parts of BLOCK_M quantised queries, and their scales.
+    q_ptr += row * WIDTH
+    q_a = load_tile(q_ptr, WIDTH, 1, BLOCK_M, BLOCK_M, 0, ROW_A, WIDTH, False)
+    q_b = q_a
+    if ROW_B > 0:
+        q_b = load_tile(q_ptr, WIDTH, 1, BLOCK_M, BLOCK_M, ROW_A, ROW_B, WIDTH, False)
+    return q_a, q_b, tl.load(q_scale_ptr + row + tl.arange(0, BLOCK_M))
+
+
+@triton.jit
 def _store_share(
-    out_ptr,
+    place,
     acc,
     l_i,
-    v_scale_ptr,
-    stride_s,
-    rows,
     BLOCK_M: tl.constexpr,
     FIRST: tl.constexpr,
     PART: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PURE: tl.constexpr,
 ):
+    out_ptr, v_scale_ptr, stride_s, rows = place
     acc /= l_i[:, None]
     if PURE:
         acc *= tl.load(v_scale_ptr + FIRST + tl.arange(0, PART))[None, :]
     store_tile(out_ptr, acc, stride_s, rows, BLOCK_M, FIRST, PART, HEAD_DIM)
 
 
-@triton.jit(do_not_specialize=["heads", "seq_q", "seq_k"])
+@triton.jit(
+    do_not_specialize=[
+        "heads",
+        "seq_q",
+        "seq_k",
+        "stride_vb",
+        "stride_vh",
+        "stride_vn",
+    ]
+)
 def _attention_fp8_kernel(
     q_ptr,
     q_scale_ptr,
@@ -123,7 +149,6 @@ def _attention_fp8_kernel(
     stride_vb,
     stride_vh,
     stride_vn,
-    stride_vd,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     UNIT: tl.constexpr,
@@ -142,12 +167,7 @@ def _attention_fp8_kernel(
     block = tl.program_id(0) % blocks_m
     index = (tl.program_id(0) // blocks_m).to(tl.int64)
     row = index * blocks_m * BLOCK_M + block * BLOCK_M
-    q_ptr += row * WIDTH
-    q_a = load_tile(q_ptr, WIDTH, 1, BLOCK_M, BLOCK_M, 0, ROW_A, WIDTH, False)
-    q_b = q_a
-    if ROW_B > 0:
-        q_b = load_tile(q_ptr, WIDTH, 1, BLOCK_M, BLOCK_M, ROW_A, ROW_B, WIDTH, False)
-    q_scale = tl.load(q_scale_ptr + row + tl.arange(0, BLOCK_M))
+    queries = _load_queries(q_ptr, q_scale_ptr, row, BLOCK_M, ROW_A, ROW_B, WIDTH)
     k_ptr += index * blocks_n * BLOCK_N * WIDTH
     k_scale_ptr += index * blocks_n
     batch, head = index // heads, index % heads
@@ -155,17 +175,13 @@ def _attention_fp8_kernel(
         stride_n, stride_d = 1, blocks_n * BLOCK_N
         v_ptr += index * WIDTH * stride_d
     else:
-        stride_n, stride_d = stride_vn * UNIT, stride_vd
+        stride_n, stride_d = stride_vn * UNIT, 1
         v_ptr = at(v_ptr, stride_vb * UNIT, stride_vh * UNIT, batch, head)
 
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
-    acc_a = tl.zeros([BLOCK_M, HEAD_A], tl.float32)
-    acc_b = acc_a
-    if HEAD_B > 0:
-        acc_b = tl.zeros([BLOCK_M, HEAD_B], tl.float32)
+    acc_a, acc_b = zero_head(BLOCK_M, HEAD_A, HEAD_B)
     state = (acc_a, acc_b, m_i, l_i)
-    queries = (q_a, q_b, q_scale)
     keys = (k_ptr, k_scale_ptr)
     values = (v_ptr, stride_n, stride_d)
     whole = seq_k // BLOCK_N
@@ -215,20 +231,7 @@ def _attention_fp8_kernel(
     out_ptr += (batch * seq_q + block * BLOCK_M) * stride_s + head * HEAD_DIM
     if PURE:
         v_scale_ptr += index * WIDTH
-    _store_share(
-        out_ptr, acc_a, l_i, v_scale_ptr, stride_s, rows, BLOCK_M, 0, HEAD_A, HEAD_DIM, PURE
-    )
+    place = (out_ptr, v_scale_ptr, stride_s, rows)
+    _store_share(place, acc_a, l_i, BLOCK_M, 0, HEAD_A, HEAD_DIM, PURE)
     if HEAD_B > 0:
-        _store_share(
-            out_ptr,
-            acc_b,
-            l_i,
-            v_scale_ptr,
-            stride_s,
-            rows,
-            BLOCK_M,
-            HEAD_A,
-            HEAD_B,
-            HEAD_DIM,
-            PURE,
-        )
+        _store_share(place, acc_b, l_i, BLOCK_M, HEAD_A, HEAD_B, HEAD_DIM, PURE)

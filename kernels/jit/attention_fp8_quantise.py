@@ -31,7 +31,19 @@ def _over_chunks(ptr, index, chunks, WIDTH: tl.constexpr, PEAK: tl.constexpr):
     return total
 
 
-@triton.jit(do_not_specialize=["heads", "chunks", "seq"])
+@triton.jit(
+    do_not_specialize=[
+        "heads",
+        "chunks",
+        "seq",
+        "stride_kb",
+        "stride_kh",
+        "stride_kn",
+        "stride_vb",
+        "stride_vh",
+        "stride_vn",
+    ]
+)
 def _attention_fp8_stats_kernel(
     k_ptr,
     v_ptr,
@@ -43,11 +55,9 @@ def _attention_fp8_stats_kernel(
     stride_kb,
     stride_kh,
     stride_kn,
-    stride_kd,
     stride_vb,
     stride_vh,
     stride_vn,
-    stride_vd,
     CHUNK: tl.constexpr,
     UNIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -62,14 +72,12 @@ def _attention_fp8_stats_kernel(
     first = tl.cast(start, tl.int64)
     k_ptr = at(k_ptr, stride_kb * UNIT, stride_kh * UNIT, index // heads, index % heads)
     k_ptr += first * stride_kn * UNIT
-    k = load_tile(k_ptr, stride_kn * UNIT, stride_kd, seq - start, CHUNK, 0, WIDTH, HEAD_DIM, True)
+    k = load_tile(k_ptr, stride_kn * UNIT, 1, seq - start, CHUNK, 0, WIDTH, HEAD_DIM, True)
     tl.store(sums_ptr + out, tl.sum(k.to(tl.float32), 0))
     if PURE:
         v_ptr = at(v_ptr, stride_vb * UNIT, stride_vh * UNIT, index // heads, index % heads)
         v_ptr += first * stride_vn * UNIT
-        v = load_tile(
-            v_ptr, stride_vn * UNIT, stride_vd, seq - start, CHUNK, 0, WIDTH, HEAD_DIM, True
-        )
+        v = load_tile(v_ptr, stride_vn * UNIT, 1, seq - start, CHUNK, 0, WIDTH, HEAD_DIM, True)
         tl.store(peaks_ptr + out, tl.max(tl.abs(v.to(tl.float32)), 0))
 
 
@@ -95,7 +103,17 @@ def _rounded(x, top, PURE: tl.constexpr, EMULATE: tl.constexpr):
         return (x + tl.where(x < 0.0, -0.5, 0.5)).to(tl.int8), top / INT8_MAX
 
 
-@triton.jit(do_not_specialize=["heads", "chunks", "seq", "blocks"])
+@triton.jit(
+    do_not_specialize=[
+        "heads",
+        "chunks",
+        "seq",
+        "blocks",
+        "stride_xb",
+        "stride_xh",
+        "stride_xs",
+    ]
+)
 def _attention_fp8_rows_kernel(
     x_ptr,
     sums_ptr,
@@ -109,7 +127,6 @@ def _attention_fp8_rows_kernel(
     stride_xb,
     stride_xh,
     stride_xs,
-    stride_xd,
     BLOCK: tl.constexpr,
     UNIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -124,7 +141,7 @@ def _attention_fp8_rows_kernel(
     rows = seq - block * BLOCK
     x_ptr = at(x_ptr, stride_xb * UNIT, stride_xh * UNIT, index // heads, index % heads)
     x_ptr += tl.cast(block, tl.int64) * BLOCK * stride_xs * UNIT
-    x = load_tile(x_ptr, stride_xs * UNIT, stride_xd, rows, BLOCK, 0, WIDTH, HEAD_DIM, True)
+    x = load_tile(x_ptr, stride_xs * UNIT, 1, rows, BLOCK, 0, WIDTH, HEAD_DIM, True)
     x = x.to(tl.float32)
     place = index.to(tl.int64) * blocks + block
     offs = tl.arange(0, BLOCK)
@@ -142,7 +159,17 @@ def _attention_fp8_rows_kernel(
     store_tile(out_ptr, x, WIDTH, BLOCK, BLOCK, 0, WIDTH, WIDTH)
 
 
-@triton.jit(do_not_specialize=["heads", "chunks", "seq", "blocks"])
+@triton.jit(
+    do_not_specialize=[
+        "heads",
+        "chunks",
+        "seq",
+        "blocks",
+        "stride_vb",
+        "stride_vh",
+        "stride_vn",
+    ]
+)
 def _attention_fp8_values_kernel(
     v_ptr,
     peaks_ptr,
@@ -155,7 +182,6 @@ def _attention_fp8_values_kernel(
     stride_vb,
     stride_vh,
     stride_vn,
-    stride_vd,
     BLOCK: tl.constexpr,
     UNIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -168,7 +194,7 @@ def _attention_fp8_values_kernel(
     v_ptr = at(v_ptr, stride_vb * UNIT, stride_vh * UNIT, index // heads, index % heads)
     v_ptr += tl.cast(block, tl.int64) * BLOCK * stride_vn * UNIT
     rows = seq - block * BLOCK
-    v = load_tile(v_ptr, stride_vn * UNIT, stride_vd, rows, BLOCK, 0, WIDTH, HEAD_DIM, True)
+    v = load_tile(v_ptr, stride_vn * UNIT, 1, rows, BLOCK, 0, WIDTH, HEAD_DIM, True)
     top = _over_chunks(peaks_ptr, index, chunks, WIDTH, True)
     offs = index.to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
     if block == 0:

@@ -59,6 +59,56 @@ def store_tile(
 
 
 @triton.jit
+def load_head(
+    ptr,
+    stride_s,
+    rows,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_A: tl.constexpr,
+    HEAD_B: tl.constexpr,
+):
+    # Both parts of ROWS tokens of a head, zero from token `rows` on.
+    tile_a = load_tile(ptr, stride_s, 1, rows, ROWS, 0, HEAD_A, HEAD_DIM, True)
+    tile_b = tile_a
+    if HEAD_B > 0:
+        tile_b = load_tile(ptr, stride_s, 1, rows, ROWS, HEAD_A, HEAD_B, HEAD_DIM, True)
+    return tile_a, tile_b
+
+
+@triton.jit
+def zero_head(ROWS: tl.constexpr, HEAD_A: tl.constexpr, HEAD_B: tl.constexpr):
+    # Both parts of a sum over values.
+    acc_a = tl.zeros([ROWS, HEAD_A], tl.float32)
+    acc_b = acc_a
+    if HEAD_B > 0:
+        acc_b = tl.zeros([ROWS, HEAD_B], tl.float32)
+    return acc_a, acc_b
+
+
+@triton.jit
+def store_head(
+    ptr,
+    acc_a,
+    acc_b,
+    l_i,
+    stride_s,
+    rows,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_A: tl.constexpr,
+    HEAD_B: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    # The weighted means of both parts, from the sums of weighted values and of weights.
+    acc_a = share(acc_a, l_i, HAS_BIAS)
+    store_tile(ptr, acc_a, stride_s, rows, ROWS, 0, HEAD_A, HEAD_DIM)
+    if HEAD_B > 0:
+        acc_b = share(acc_b, l_i, HAS_BIAS)
+        store_tile(ptr, acc_b, stride_s, rows, ROWS, HEAD_A, HEAD_B, HEAD_DIM)
+
+
+@triton.jit
 def at(ptr, stride_b, stride_h, batch, head):
     # Where a head of a sample begins.
     return ptr + tl.cast(batch, tl.int64) * stride_b + tl.cast(head, tl.int64) * stride_h
@@ -75,9 +125,9 @@ def dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 @triton.jit
 def biased(qk, bias, offs_m, offs_n, seq_q, seq_k, scale):
     # Natural units, so that a bias of the dtype's lowest value stays finite.
-    ptr, stride_m, stride_n = bias
+    ptr, stride_m = bias
     mask = (offs_m[:, None] < seq_q) & (offs_n[None, :] < seq_k)
-    offs = offs_m.to(tl.int64)[:, None] * stride_m + offs_n.to(tl.int64)[None, :] * stride_n
+    offs = offs_m.to(tl.int64)[:, None] * stride_m + offs_n.to(tl.int64)[None, :]
     return qk * scale + tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32)
 
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from heatsink.kernels import reference
 from heatsink.kernels._config import Config, Target, lookup
-from heatsink.kernels._heads import parts
 from heatsink.kernels._launch import ARCHS, run
 from heatsink.kernels.attention import attention
 
@@ -224,16 +223,6 @@ def test_empty() -> None:
     assert (attention(x, x[:, :0], x[:, :0]) == 0).all()
 
 
-def test_parts() -> None:
-    wanted = {1: (16, 0), 40: (32, 16), 64: (64, 0), 77: (64, 16), 80: (64, 16), 96: (64, 32)}
-    wanted |= {112: (128, 0), 160: (128, 32), 512: (512, 0)}
-    assert {size: parts(size, 1) for size in wanted} == wanted
-    assert [parts(size, 0) for size in (40, 80, 160)] == [(64, 0), (128, 0), (256, 0)]
-    for size in range(1, 257):
-        for least in (16, 32):
-            assert sum(parts(size, 1, least)) >= size
-
-
 @pytest.mark.parametrize(
     ("keys", "head_dim", "config", "kernel"),
     [
@@ -251,19 +240,6 @@ def test_which_kernel_runs(keys: int, head_dim: int, config: Config | None, kern
         chosen = config or lookup("attention", module.key(q, k, k), Target("", arch))
         _, (launch,) = module.plan(chosen, q, k, k)
         assert launch.kernel.name == kernel
-
-
-def test_descriptors_only_where_they_can_be() -> None:
-    x = torch.empty(2, 64, 2, 64, dtype=torch.float16, device="meta")
-    config = {**BLOCKS, "TMA": 1}
-    for views, wanted in (((x, x, x), True), ((x, x[..., ::2], x), False)):
-        q, k, v = (view[..., :32] for view in views)
-        _, (launch,) = module.plan(config, q, k, v)
-        assert launch.constants["TMA"] is wanted
-    # Heads of 20 are no multiple of 16 bytes apart, so strides are in single elements.
-    narrow = torch.empty(2, 64, 3, 20, dtype=torch.float16, device="meta")
-    _, (launch,) = module.plan(config, narrow, narrow, narrow)
-    assert (launch.constants["TMA"], launch.constants["UNIT"]) == (False, 1)
 
 
 def test_opcheck_and_compile(seed: int) -> None:
