@@ -34,7 +34,8 @@ def notice(reason: str) -> None:
     """Say on stderr why there will be no extension."""
     print(
         f"heatsink: building without the C++ extension: {reason}. "
-        "The PyTorch implementations are used instead; results are the same bits, only slower.",
+        "The PyTorch implementations are used instead: slower, with the same bits except in "
+        "attention.",
         file=sys.stderr,
     )
 

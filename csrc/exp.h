@@ -22,10 +22,14 @@ HEATSINK_INLINE uint32_t bits_of_float(float value) {
   return bits;
 }
 
-// e^x within 1 unit in the last place; subnormal, 0, inf and NaN where they are due.
+// e^x within 1 unit in the last place; subnormal, 0 and inf where they are due. NaN gives either
+// end.
 HEATSINK_INLINE float exp_ieee(float x) {
-  x = x < -104.0f ? -104.0f : x;
-  x = x > 89.0f ? 89.0f : x;
+  // Clamped to [-104, 89] as integers, which takes an instruction a side: a positive float orders
+  // as signed, and among unsigned the negative ones come last, by magnitude.
+  const auto word = static_cast<int32_t>(bits_of_float(x));
+  const auto below = static_cast<uint32_t>(word <= 0x42B20000 ? word : 0x42B20000);
+  x = float_of_bits(below <= 0xC2D00000u ? below : 0xC2D00000u);
   // Adding 1.5 * 2^23 rounds to an integer n, here n + 254, in the low bits of the sum.
   const float shifted = x * 0x1.715476p+0f + 12583166.0f;
   const float n = shifted - 12583166.0f;

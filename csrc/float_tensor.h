@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <vector>
 
@@ -21,6 +22,29 @@ inline void check_float(const Tensor& x, const char* name) {
   STD_TORCH_CHECK(
       dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
       name, ": expected float16, bfloat16 or float32");
+}
+
+// Of x's dtype. Past the dispatcher, which would cost a small call a third of its time.
+inline Tensor empty_strided(const Tensor& x, const std::vector<int64_t>& sizes,
+                            const std::vector<int64_t>& strides) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  AtenTensorHandle out;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      x.dim(), sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &out));
+  return Tensor(out);
+}
+
+// Contiguous and of x's shape, but for the last dimension.
+inline Tensor empty_rows(const Tensor& x, int64_t width) {
+  std::vector<int64_t> sizes(static_cast<size_t>(x.dim())), strides(sizes.size());
+  int64_t step = 1;
+  for (int64_t d = x.dim() - 1; d >= 0; --d) {
+    sizes[d] = d == x.dim() - 1 ? width : x.size(d);
+    strides[d] = step;
+    step *= std::max<int64_t>(1, sizes[d]);
+  }
+  return empty_strided(x, sizes, strides);
 }
 
 // Per channel or per sample and channel: (C,) or (N, C), as dense float32 that `row(n)` points to.

@@ -9,18 +9,16 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <vector>
 
 #include "elements.h"
 #include "exp.h"
+#include "float_tensor.h"
 #include "gelu.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 constexpr int64_t kGrain = 8192;  // elements a thread should have at least
+constexpr int64_t kTile = 512;    // elements converted at a time
 
 template <typename Element>
 HEATSINK_INLINE void silu_row(const void* gate, const void* up, void* out, int64_t count) {
@@ -43,17 +41,11 @@ HEATSINK_INLINE void geglu_row(const void* hidden, const void* gate, void* out, 
   }
 }
 
-HEATSINK_CLONES void silu_half(const void* g, const void* u, void* o, int64_t n) {
-  silu_row<Half>(g, u, o, n);
-}
 HEATSINK_CLONES void silu_bfloat16(const void* g, const void* u, void* o, int64_t n) {
   silu_row<Bfloat16>(g, u, o, n);
 }
 HEATSINK_CLONES void silu_float(const void* g, const void* u, void* o, int64_t n) {
   silu_row<float>(g, u, o, n);
-}
-HEATSINK_CLONES void geglu_half(const void* h, const void* g, void* o, int64_t n) {
-  geglu_row<Half>(h, g, o, n);
 }
 HEATSINK_CLONES void geglu_bfloat16(const void* h, const void* g, void* o, int64_t n) {
   geglu_row<Bfloat16>(h, g, o, n);
@@ -63,6 +55,19 @@ HEATSINK_CLONES void geglu_float(const void* h, const void* g, void* o, int64_t 
 }
 
 using Row = void (*)(const void*, const void*, void*, int64_t);
+
+// Float16 has instructions of its own for conversions, a tile at a time.
+template <Row single>
+void half_row(const void* first, const void* second, void* out, int64_t count) {
+  float a[kTile], b[kTile], o[kTile];
+  for (int64_t i = 0; i < count; i += kTile) {
+    const int64_t some = std::min(kTile, count - i);
+    read_floats(ScalarType::Half, static_cast<const Half*>(first) + i, some, a);
+    read_floats(ScalarType::Half, static_cast<const Half*>(second) + i, some, b);
+    single(a, b, o, some);
+    write_floats(ScalarType::Half, o, some, static_cast<Half*>(out) + i);
+  }
+}
 
 // The implementation for a dtype, of three.
 Row choose(ScalarType dtype, const char* name, Row half, Row bfloat16, Row single) {
@@ -135,9 +140,9 @@ Tensor silu_mul(Tensor gate, Tensor up) {
   STD_TORCH_CHECK(gate.dim() >= 1 && up.dim() == gate.dim() && up.numel() == gate.numel() &&
                       up.scalar_type() == gate.scalar_type(),
                   "up: expected shape and dtype like gate");
-  const Row row = choose(gate.scalar_type(), "gate", silu_half, silu_bfloat16, silu_float);
-  const std::vector<int64_t> shape(gate.sizes().begin(), gate.sizes().end());
-  Tensor out = torch::stable::new_empty(gate, shape, gate.scalar_type());
+  const Row row =
+      choose(gate.scalar_type(), "gate", half_row<silu_float>, silu_bfloat16, silu_float);
+  Tensor out = empty_rows(gate, gate.size(gate.dim() - 1));
   each_row(row, Rows(gate), Rows(up), 0, out);
   return out;
 }
@@ -145,12 +150,11 @@ Tensor silu_mul(Tensor gate, Tensor up) {
 // x: (..., 2 W), hidden then gate. Returns (..., W).
 Tensor geglu(Tensor x) {
   STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) % 2 == 0, "x: expected (..., 2 W)");
-  const Row row = choose(x.scalar_type(), "x", geglu_half, geglu_bfloat16, geglu_float);
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() /= 2;
-  Tensor out = torch::stable::new_empty(x, shape, x.scalar_type());
+  const Row row = choose(x.scalar_type(), "x", half_row<geglu_float>, geglu_bfloat16, geglu_float);
+  const int64_t width = x.size(x.dim() - 1) / 2;
+  Tensor out = empty_rows(x, width);
   const Rows rows(x);
-  each_row(row, rows, rows, shape.back(), out);
+  each_row(row, rows, rows, width, out);
   return out;
 }
 

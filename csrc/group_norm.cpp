@@ -228,12 +228,7 @@ Tensor empty_channels_last(const Tensor& x) {
       step *= std::max<int64_t>(1, x.size(d));
     }
   }
-  int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  AtenTensorHandle out;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.data(), strides.data(), dtype,
-                                                         aoti_torch_device_type_cpu(), 0, &out));
-  return Tensor(out);
+  return empty_strided(x, sizes, strides);
 }
 
 // x: (N, C, ...) in any strides. Returns the same shape with channels innermost in memory.

@@ -187,7 +187,9 @@ HEATSINK_INLINE void apply_at(const float* x, const Coefficients& by, int64_t c,
 // In memory's order: what the processor fetches ahead counts for more than the coefficients' loads.
 template <bool Silu>
 HEATSINK_INLINE void apply(const float* x, int64_t stride, int64_t pixels, int64_t channels,
-                           const Coefficients& by, float* out) {
+                           const Coefficients& given, float* out) {
+  // A copy, so that no store can be taken to change it.
+  const Coefficients by = given;
   for (int64_t p = 0; p < pixels; ++p) {
     int64_t c = 0;
     for (; c + kLanes <= channels; c += kLanes) {

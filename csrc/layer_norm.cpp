@@ -57,7 +57,7 @@ Tensor layer_norm(Tensor x, std::optional<Tensor> weight, std::optional<Tensor> 
                   std::optional<Tensor> scale, std::optional<Tensor> shift) {
   check_float(x, "x");
   STD_TORCH_CHECK(x.dim() >= 1, "x: expected (..., C), got no dimensions");
-  Tensor out = empty_rows(x);
+  Tensor out = empty_rows(x, x.size(x.dim() - 1));
   if (x.numel() == 0) {
     return out;
   }

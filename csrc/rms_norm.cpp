@@ -28,7 +28,7 @@ HEATSINK_CLONES void rms_norm_row(const float* __restrict x, int64_t width, doub
 Tensor rms_norm(Tensor x, std::optional<Tensor> weight, double eps) {
   check_float(x, "x");
   STD_TORCH_CHECK(x.dim() >= 1, "x: expected (..., C), got no dimensions");
-  Tensor out = empty_rows(x);
+  Tensor out = empty_rows(x, x.size(x.dim() - 1));
   if (x.numel() == 0) {
     return out;
   }

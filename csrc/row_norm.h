@@ -85,15 +85,6 @@ inline int64_t row_step(const Tensor& x) {
   return step >= 0 ? step : x.size(last);
 }
 
-// Contiguous and of x's shape.
-inline Tensor empty_rows(const Tensor& x) {
-  std::vector<int64_t> shape;
-  for (int64_t d = 0; d < x.dim(); ++d) {
-    shape.push_back(x.size(d));
-  }
-  return torch::stable::new_empty(x, {shape.data(), shape.size()}, x.scalar_type());
-}
-
 // Calls `normalise(row, values, results)` for every row: float32 in and out, whatever the dtype.
 template <typename Normalise>
 void for_each_row(Tensor x, Tensor& out, const Normalise& normalise) {

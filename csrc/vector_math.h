@@ -39,11 +39,12 @@ HEATSINK_INLINE void silu(Float& x) {
   Int positive;
   Word negative;
   // As integers, since these are single instructions: a positive float orders as signed, and among
-  // unsigned the negative ones come last, by magnitude. A NaN becomes a number; x stays one.
+  // unsigned the negative ones come last, by magnitude. GCC finds a minimum of vectors in <= alone.
+  // A NaN becomes a number; x stays one.
   std::memcpy(&positive, &t, sizeof t);
-  positive = positive < 0x42EC0000 ? positive : 0x42EC0000;
+  positive = positive <= 0x42EC0000 ? positive : 0x42EC0000;
   std::memcpy(&negative, &positive, sizeof t);
-  negative = negative < 0xC2FC0000u ? negative : 0xC2FC0000u;
+  negative = negative <= 0xC2FC0000u ? negative : 0xC2FC0000u;
   std::memcpy(&t, &negative, sizeof t);
   // Adding 1.5 * 2^23 rounds to an integer, which is in the low bits of the sum.
   const Float shifted = t + 0x1.8p23f;

@@ -26,6 +26,26 @@ def check_tensors(tensors: Mapping[str, Tensor | None], dtypes: tuple[torch.dtyp
         TypeError: if one is no tensor, or has another dtype.
         ValueError: if one requires grad, or lies on another device.
     """
+    first = None
+    for x in tensors.values():
+        if x is None and first is not None:
+            continue
+        # Every call comes through here, so a fault is only seen; what it is, is found below.
+        if not isinstance(x, Tensor) or (x.requires_grad and torch.is_grad_enabled()):
+            break
+        if first is None:
+            first, dtype, device = x, x.dtype, x.device
+            if dtype not in dtypes:
+                break
+        elif x.dtype != dtype or x.device != device:
+            break
+    else:
+        return
+    _raise_fault(tensors, dtypes)
+
+
+def _raise_fault(tensors: Mapping[str, Tensor | None], dtypes: tuple[torch.dtype, ...]) -> None:
+    """Raise for the first fault that `check_tensors` finds, in the order of its description."""
     first_name = next(iter(tensors))
     first = tensors[first_name]
     for name, x in tensors.items():
@@ -48,5 +68,5 @@ def check_tensors(tensors: Mapping[str, Tensor | None], dtypes: tuple[torch.dtyp
 
 def check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
     """Raise ValueError unless `x` has exactly `shape`."""
-    if tuple(x.shape) != shape:
-        raise ValueError(f"{name}: expected shape {shape}, got {tuple(x.shape)}")
+    if x.shape != shape:
+        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(x.shape)}")

@@ -16,17 +16,19 @@ VAE_HEAD_DIM = 512
 
 def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise ValueError unless the shapes are those of attention and the head dim is in range."""
-    if q.dim() != 4:
-        raise ValueError(f"q: expected (B, Sq, H, D), got shape {tuple(q.shape)}")
-    if k.dim() != 4:
-        raise ValueError(f"k: expected (B, Sk, H, D), got shape {tuple(k.shape)}")
-    batch, _, heads, head_dim = q.shape
+    of_q, of_k = q.shape, k.shape
+    if len(of_q) != 4:
+        raise ValueError(f"q: expected (B, Sq, H, D), got shape {tuple(of_q)}")
+    if len(of_k) != 4:
+        raise ValueError(f"k: expected (B, Sk, H, D), got shape {tuple(of_k)}")
+    batch, _, heads, head_dim = of_q
     if not (1 <= head_dim <= MAX_HEAD_DIM or head_dim == VAE_HEAD_DIM):
         raise ValueError(
             f"q: expected a head dim of 1 to {MAX_HEAD_DIM}, or {VAE_HEAD_DIM}, got {head_dim}"
         )
-    check_shape("k", k, (batch, k.shape[1], heads, head_dim))
-    check_shape("v", v, (batch, k.shape[1], heads, head_dim))
+    expected = (batch, of_k[1], heads, head_dim)
+    check_shape("k", k, expected)
+    check_shape("v", v, expected)
 
 
 def check_scale(scale: float | None, head_dim: int) -> float:

@@ -1,8 +1,8 @@
 """Loads the C++ extension `heatsink._C`, if there is one, and says which implementation is in use.
 
 Importing the extension gives this package's ops their C++ implementation on the CPU. Without it, or
-with `HEATSINK_NO_EXT=1` in the environment, the same ops run their PyTorch implementation and give
-the same bits.
+with `HEATSINK_NO_EXT=1` in the environment, the same ops run their PyTorch implementation. It gives
+the same bits, but for attention, which then is PyTorch's own: within its error, in other bits.
 """
 
 from __future__ import annotations

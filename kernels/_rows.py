@@ -17,14 +17,21 @@ MAX_WIDTH = 16384
 _LANES = 64
 
 
-def check_rows(x: Tensor, eps: float) -> None:
-    """Raise ValueError unless rows of `x` can be normalised in registers and `eps` is positive."""
-    if x.dim() == 0:
+def check_rows(x: Tensor, eps: float) -> int:
+    """The rows' width.
+
+    Raises:
+        ValueError: unless rows of `x` can be normalised in registers and `eps` is positive.
+    """
+    shape = x.shape
+    if not shape:
         raise ValueError("x: expected (..., C), got a tensor without dimensions")
-    if x.shape[-1] > MAX_WIDTH:
-        raise ValueError(f"x: expected a last dimension up to {MAX_WIDTH}, got {x.shape[-1]}")
+    width = shape[-1]
+    if width > MAX_WIDTH:
+        raise ValueError(f"x: expected a last dimension up to {MAX_WIDTH}, got {width}")
     if not eps > 0:
         raise ValueError(f"eps: expected a positive number, got {eps}")
+    return width
 
 
 def power_of_two(count: int) -> int:

@@ -1,16 +1,19 @@
 """Attention: `softmax(scale * q k^T + bias) v`, a head at a time, in one pass.
 
 Layouts: `q (B, Sq, H, D)`, `k` and `v (B, Sk, H, D)`, any strides; views of a packed projection
-need no copy on CUDA where heads are multiples of 16 bytes (`_heads.settled`); the output is `(B, Sq, H, D)`, contiguous. Head dims 1 to 256, and 512 (the middle
-block of an autoencoder). fp16, bf16, fp32; scores, softmax and sums are fp32 and rounded once at
-the end; the weights are rounded to the dtype before they meet `v`.
+need no copy on CUDA where heads are multiples of 16 bytes (`_heads.settled`); the output is
+`(B, Sq, H, D)`, contiguous. Head dims 1 to 256, and 512 (the middle block of an autoencoder). fp16,
+bf16, fp32; scores, softmax and sums are fp32 and the output is rounded once. On CUDA the softmax's
+weights are rounded to the dtype before they meet `v`, since tensor cores take them so; in C++ they
+stay fp32. PyTorch's attention has roundings of its own.
 
 `causal` lets query i see keys 0 to i, aligned at the top left as PyTorch's is, whatever Sq and Sk.
 A query that sees no key (a bias of -inf everywhere, or Sk = 0) gives 0.
 
 CUDA: Triton, sm_80 and later. Many keys are worked on block by block with a running softmax
 (`attention`); few are held whole by a program that serves several blocks of queries
-(`attention_whole`). CPU: C++ where the extension is loaded. Elsewhere: PyTorch's own attention.
+(`attention_whole`). CPU: C++ where the extension is loaded. Elsewhere: PyTorch's own attention,
+with other bits than C++ gives.
 
 Sources: Milakov and Gimelshein, "Online normalizer calculation for softmax"
 (https://arxiv.org/abs/1805.02867); Dao, "FlashAttention-2" (https://arxiv.org/abs/2307.08691).
@@ -204,10 +207,17 @@ def _attention_triton(
 def _attention_torch(
     q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, bias: Tensor | None
 ) -> Tensor:
+    if bias is not None:
+        scores = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+        bias = bias.expand(scores)
+        if causal:
+            # Not every backend of PyTorch's takes both.
+            unseen = torch.ones(scores[2:], dtype=torch.bool, device=q.device).triu(1)
+            bias = bias.masked_fill(unseen, -torch.inf)
     # Dense, because its bits depend on strides.
     q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
     out: Tensor = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=bias, is_causal=causal, scale=scale
+        q, k, v, attn_mask=bias, is_causal=causal and bias is None, scale=scale
     )
     return out.transpose(1, 2).contiguous()
 

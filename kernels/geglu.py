@@ -40,8 +40,9 @@ def geglu(x: Tensor) -> Tensor:
         ValueError: if the last dimension is missing or odd, or a gradient is required.
     """
     check_tensors({"x": x}, FLOATS)
-    if x.dim() == 0 or x.shape[-1] % 2:
-        raise ValueError(f"x: expected (..., 2 W), got {tuple(x.shape)}")
+    shape = x.shape
+    if not shape or shape[-1] % 2:
+        raise ValueError(f"x: expected (..., 2 W), got {tuple(shape)}")
     out: Tensor = torch.ops.heatsink.geglu(x)
     return out
 

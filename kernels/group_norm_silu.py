@@ -81,21 +81,25 @@ def group_norm_silu(
         ValueError: if shapes or devices differ, `groups` does not divide C, `eps` is not positive
             or a gradient is required.
     """
-    tensors = {"x": x, "weight": weight, "bias": bias, "scale": scale, "shift": shift}
-    check_tensors(tensors, FLOATS)
-    if x.dim() < 3:
-        raise ValueError(f"x: expected (N, C, ...) with pixels, got shape {tuple(x.shape)}")
-    samples, channels = x.shape[:2]
+    check_tensors({"x": x, "weight": weight, "bias": bias, "scale": scale, "shift": shift}, FLOATS)
+    shape = x.shape
+    if len(shape) < 3:
+        raise ValueError(f"x: expected (N, C, ...) with pixels, got shape {tuple(shape)}")
+    samples, channels = shape[0], shape[1]
     if not isinstance(groups, int) or isinstance(groups, bool):
         raise TypeError(f"groups: expected an integer, got {type(groups).__name__}")
     if groups < 1 or channels % groups:
         raise ValueError(f"groups: expected a divisor of {channels} channels, got {groups}")
     if not eps > 0:
         raise ValueError(f"eps: expected a positive number, got {eps}")
-    for name, tensor in tensors.items():
-        if name != "x" and tensor is not None:
-            of_sample = name in ("scale", "shift")
-            check_shape(name, tensor, (samples, channels) if of_sample else (channels,))
+    if weight is not None:
+        check_shape("weight", weight, (channels,))
+    if bias is not None:
+        check_shape("bias", bias, (channels,))
+    if scale is not None:
+        check_shape("scale", scale, (samples, channels))
+    if shift is not None:
+        check_shape("shift", shift, (samples, channels))
     out: Tensor = torch.ops.heatsink.group_norm_silu(
         x, groups, weight, bias, eps, scale, shift, silu
     )

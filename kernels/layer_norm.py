@@ -61,16 +61,19 @@ def layer_norm(
         ValueError: if shapes or devices differ, C is too large, `eps` is not positive or a
             gradient is required.
     """
-    tensors = {"x": x, "weight": weight, "bias": bias, "scale": scale, "shift": shift}
-    check_tensors(tensors, FLOATS)
-    check_rows(x, eps)
-    for name, tensor in tensors.items():
-        if name in ("scale", "shift") and tensor is not None:
-            if x.dim() < 2:
-                raise ValueError(f"x: expected (N, ..., C) with {name}, got {tuple(x.shape)}")
-            check_shape(name, tensor, (x.shape[0], x.shape[-1]))
-        elif name != "x" and tensor is not None:
-            check_shape(name, tensor, (x.shape[-1],))
+    check_tensors({"x": x, "weight": weight, "bias": bias, "scale": scale, "shift": shift}, FLOATS)
+    width = check_rows(x, eps)
+    if weight is not None:
+        check_shape("weight", weight, (width,))
+    if bias is not None:
+        check_shape("bias", bias, (width,))
+    if scale is not None or shift is not None:
+        name = "shift" if scale is None else "scale"
+        if x.dim() < 2:
+            raise ValueError(f"x: expected (N, ..., C) with {name}, got {tuple(x.shape)}")
+        for name, of_sample in (("scale", scale), ("shift", shift)):
+            if of_sample is not None:
+                check_shape(name, of_sample, (x.shape[0], width))
     out: Tensor = torch.ops.heatsink.layer_norm(x, weight, bias, eps, scale, shift)
     return out
 

@@ -51,9 +51,9 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-6) -> T
             gradient is required.
     """
     check_tensors({"x": x, "weight": weight}, FLOATS)
-    check_rows(x, eps)
+    width = check_rows(x, eps)
     if weight is not None:
-        check_shape("weight", weight, (x.shape[-1],))
+        check_shape("weight", weight, (width,))
     out: Tensor = torch.ops.heatsink.rms_norm(x, weight, eps)
     return out
 

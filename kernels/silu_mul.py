@@ -37,9 +37,10 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
         ValueError: if shapes or devices differ, a gradient is required or there is no dimension.
     """
     check_tensors({"gate": gate, "up": up}, FLOATS)
-    if gate.dim() == 0:
+    shape = gate.shape
+    if not shape:
         raise ValueError("gate: expected (..., W), got a tensor without dimensions")
-    check_shape("up", up, tuple(gate.shape))
+    check_shape("up", up, shape)
     out: Tensor = torch.ops.heatsink.silu_mul(gate, up)
     return out
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from heatsink.kernels import reference
 from heatsink.kernels._config import Config, Target, lookup
@@ -160,6 +161,28 @@ def test_masks(
         float64(q), float64(k), float64(v), 0.3, causal, None if bias is None else float64(bias)
     )
     within_budget(RUNS[run_as](q, k, v, **options), plain(q, k, v, **options), exact)
+
+
+@pytest.mark.parametrize("backend", [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("biased", [(), (7,), (5, 1), (3, 1, 7), (2, 1, 5, 7), (1, 3, 1, 1)])
+def test_any_bias_in_pytorch(
+    biased: tuple[int, ...],
+    causal: bool,
+    backend: SDPBackend,
+    seed: int,
+    within_budget: Any,
+    float64: Any,
+) -> None:
+    """As the op's schema allows it, not expanded, whichever backend PyTorch takes."""
+    q, k, v = packed((2, 5, 7, 3, 8), torch.float32, seed)
+    bias = torch.randn(biased, generator=torch.Generator().manual_seed(seed))
+    with sdpa_kernel(backend):
+        out = module._attention_torch(q, k, v, 0.3, causal, bias)
+    exact = reference.attention(
+        float64(q), float64(k), float64(v), scale=0.3, causal=causal, bias=float64(bias)
+    )
+    within_budget(out, plain(q, k, v, scale=0.3, causal=causal, bias=bias), exact)
 
 
 @ALL
