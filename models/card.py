@@ -75,6 +75,7 @@ def render(model: Path, training: str) -> str:
         psnr=psnr["mean"],
         styles=styles,
         seeds=settings["seeds of a combination never seen"],
+        soft=settings["soft scale of an adapter"],
         groups=found["fidelity"]["subgroups"],
         chance_group=f"{scores['chance']['subgroup']:.1%}",
         chance_style=f"{scores['chance']['style']:.0%}",

@@ -25,7 +25,9 @@ from heatsink.models.train import SUBJECTS
 Bools = npt.NDArray[np.bool_]
 Pictures = npt.NDArray[np.uint8]
 # Pictures of each combination that was never seen: the few subjects make a score noisy enough.
-UNSEEN_SEEDS = 4
+UNSEEN_SEEDS = 2
+# An adapter at less than its full scale keeps more of what the base knows of a name.
+SOFT_SCALE = 0.8
 # Of the judge: by steps, so that it is the same judge on a busy machine.
 JUDGE_STEPS = 1500
 
@@ -87,10 +89,25 @@ def chance(icons: data.Icons) -> dict[str, float]:
     return {"subgroup": round(most, 4), "style": 1 / len(classifier.JUDGED_STYLES)}
 
 
+def _groups(icons: data.Icons, style: str) -> list[tuple[str, npt.NDArray[np.int64], float]]:
+    """What is drawn in a style: a name, the subjects, and the adapter's scale."""
+    hidden = classifier.hidden(icons, style)
+    if style == data.BASE_STYLE:
+        # The base is trained on all chosen subjects; the judge alone never saw the hidden ones.
+        return [("seen in training", np.flatnonzero(icons.selected), 1.0)]
+    seen = np.random.default_rng(0).permutation(np.flatnonzero(icons.selected & ~hidden))[:96]
+    unseen = np.tile(np.flatnonzero(icons.selected & hidden), UNSEEN_SEEDS)
+    return [
+        ("seen in training", np.sort(seen), 1.0),
+        ("unseen in training", unseen, 1.0),
+        (f"unseen in training, at scale {SOFT_SCALE}", unseen, SOFT_SCALE),
+    ]
+
+
 def fidelity(
     model: Path, icons: data.Icons, judge: Judge, device: str
-) -> tuple[dict[str, Any], dict[str, Pictures]]:
-    """Scores of real and generated pictures for every style, seen and never seen in training."""
+) -> tuple[dict[str, Any], list[Pictures]]:
+    """Scores of real and generated pictures for every style; examples, real above generated."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(
@@ -100,33 +117,25 @@ def fidelity(
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     result: dict[str, Any] = {"chance": chance(icons), "subgroups": len(judge.classes)}
-    shown: dict[str, Pictures] = {}
+    shown: list[Pictures] = []
     for style in classifier.JUDGED_STYLES:
-        column, hidden = data.STYLES.index(style), classifier.hidden(icons, style)
-        groups = {"seen": icons.selected & ~hidden, "unseen": icons.selected & hidden}
-        if style == data.BASE_STYLE:
-            # The base is trained on all chosen subjects; the classifier alone never saw the hidden
-            # ones.
-            groups = {"seen": icons.selected}
-        else:
-            pipe.load_lora_weights(str(model / "adapters"), weight_name=f"{style}.safetensors")
-            rng = np.random.default_rng(0)
-            keep = np.zeros(len(icons.names), bool)
-            keep[rng.permutation(np.flatnonzero(groups["seen"]))[:96]] = True
-            groups["seen"] = keep
-        entry: dict[str, Any] = {}
-        real = np.flatnonzero(icons.selected & hidden)
-        entry["real, never seen by the judge"] = judge.score(
-            icons.pictures[real, column], real, style
-        )
-        for name, mask in groups.items():
-            subjects = np.tile(np.flatnonzero(mask), UNSEEN_SEEDS if name == "unseen" else 1)
+        branded, column = style != data.BASE_STYLE, data.STYLES.index(style)
+        if branded:
+            pipe.load_lora_weights(
+                str(model / "adapters"), weight_name=f"{style}.safetensors", adapter_name=style
+            )
+        real = np.flatnonzero(icons.selected & classifier.hidden(icons, style))
+        entry = {
+            "real, never seen by the judge": judge.score(icons.pictures[real, column], real, style)
+        }
+        for name, subjects, scale in _groups(icons, style):
+            if branded:
+                pipe.set_adapters([style], [scale])
             pictures = _draw(pipe, icons, subjects, f"{style}, {name}")
-            entry[f"generated, {name} in training"] = judge.score(pictures, subjects, style)
-            both = np.stack([icons.pictures[subjects[:20], column], pictures[:20]], 0)
-            shown[f"{style}-{name}"] = both.reshape(-1, data.SIZE, data.SIZE, 3)
+            entry[f"generated, {name}"] = judge.score(pictures, subjects, style)
+            shown += [icons.pictures[subjects[:20], column], pictures[:20]]
         result[style] = entry
-        if style != data.BASE_STYLE:
+        if branded:
             pipe.unload_lora_weights()
     return result, shown
 
@@ -160,13 +169,14 @@ def main(
             "scheduler": "ddim",
             "subjects": int(icons.selected.sum()),
             "seeds of a combination never seen": UNSEEN_SEEDS,
+            "soft scale of an adapter": SOFT_SCALE,
         },
     }
     if (model / "controlnet").exists():
         result["controlnet"], rows = evaluate_control.control(model, icons, device)
         evaluate_control.save_examples(rows, work)
     (model / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    sampling.save_grid(np.concatenate(list(shown.values())), 20, work / "evaluation.png")
+    sampling.save_grid(np.concatenate(shown), 20, work / "evaluation.png")
     print(json.dumps(result, indent=2))
 
 
