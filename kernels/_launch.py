@@ -103,7 +103,9 @@ class Launch:
 
 def address(x: Tensor) -> int:
     """Where a tensor begins; one without memory stands for one where the allocator puts it."""
-    return x.storage_offset() * x.element_size() if x.device.type == "meta" else x.data_ptr()
+    if x.device.type == "meta":
+        return int(x.storage_offset()) * x.element_size()
+    return x.data_ptr()
 
 
 def _type_of(name: str, value: Value, kernel: Kernel) -> str:

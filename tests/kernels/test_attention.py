@@ -10,7 +10,6 @@ from torch import Tensor
 
 from heatsink.kernels import reference
 from heatsink.kernels._config import Config, Target, lookup
-from heatsink.kernels._heads import parts, settled
 from heatsink.kernels._launch import ARCHS, run
 from heatsink.kernels.attention import attention
 
@@ -224,16 +223,6 @@ def test_empty() -> None:
     assert (attention(x, x[:, :0], x[:, :0]) == 0).all()
 
 
-def test_parts() -> None:
-    wanted = {1: (16, 0), 40: (32, 16), 64: (64, 0), 77: (64, 16), 80: (64, 16), 96: (64, 32)}
-    wanted |= {112: (128, 0), 160: (128, 32), 512: (512, 0)}
-    assert {size: parts(size, 1) for size in wanted} == wanted
-    assert [parts(size, 0) for size in (40, 80, 160)] == [(64, 0), (128, 0), (256, 0)]
-    for size in range(1, 257):
-        for least in (16, 32):
-            assert sum(parts(size, 1, least)) >= size
-
-
 @pytest.mark.parametrize(
     ("keys", "head_dim", "config", "kernel"),
     [
@@ -251,87 +240,6 @@ def test_which_kernel_runs(keys: int, head_dim: int, config: Config | None, kern
         chosen = config or lookup("attention", module.key(q, k, k), Target("", arch))
         _, (launch,) = module.plan(chosen, q, k, k)
         assert launch.kernel.name == kernel
-
-
-def views_of(batch: int, keys: int, head_dim: int, dtype: torch.dtype) -> dict[str, list[Tensor]]:
-    """q, k and v of 64 queries and 2 heads, as they come: alone, in a batch, packed, askew."""
-    sizes = [(batch, n, 2, head_dim) for n in (64, keys, keys)]
-    made: dict[str, list[Tensor]] = {
-        "dense": [],
-        "second": [],
-        "packed": [],
-        "apart": [],
-        "odd": [],
-    }
-    made["expanded"] = []
-    for b, n, heads, d in sizes:
-        x = torch.zeros(b + 1, n, 3, heads, d, dtype=dtype)
-        made["dense"].append(torch.zeros(b, n, heads, d, dtype=dtype))
-        made["second"].append(torch.zeros(b + 1, n, heads, d, dtype=dtype)[1:])
-        made["packed"].append(x[1:, :, 1])
-        made["apart"].append(torch.zeros(b, heads, d, n, dtype=dtype).permute(0, 3, 1, 2))
-        made["odd"].append(torch.zeros(b, n, heads, d + 1, dtype=dtype)[..., 1:])
-        made["expanded"].append(torch.zeros(1, n, 1, d, dtype=dtype).expand(b, n, heads, d))
-    return made
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("head_dim", [20, 33, 64])
-@pytest.mark.parametrize("name", CONFIGS)
-def test_one_binary_for_every_place(name: str, head_dim: int, dtype: torch.dtype) -> None:
-    """Triton's layouts, and with them the order of sums, follow strides and addresses."""
-    keys = {
-        module.plan(CONFIGS[name], *views)[1][0].key()
-        for batch in (1, 2, 17)
-        for views in views_of(batch, 45, head_dim, dtype).values()
-    }
-    assert len(keys) == 1
-
-
-@pytest.mark.parametrize("keys", [45, 64])
-def test_one_binary_for_every_bias(keys: int) -> None:
-    found = set()
-    for batch in (1, 3):
-        q, k, v = views_of(batch, keys, 32, torch.float16)["dense"]
-        bias = torch.zeros(batch + 1, 1, 64, keys + 1, dtype=torch.float16)
-        whole = bias[1:, :, :, :-1]
-        for view in (
-            whole,
-            whole.contiguous(),
-            bias[:1, :, :, 1:],
-            bias[0, 0, :1, 1:],
-            bias[0, 0, :, 1:2],
-        ):
-            _, (launch,) = module.plan(BLOCKS, q, k, v, bias=view)
-            found.add(launch.key())
-    assert len(found) == 1
-
-
-def test_what_settles_without_a_copy() -> None:
-    x = torch.zeros(3, 8, 3, 2, 40, dtype=torch.float16)
-    for view in (
-        x[:, :, 1],
-        x[1:2, :, 2],
-        x[:, :, 0].transpose(1, 2),
-        x[:1, :, 0].expand(3, 8, 2, 40),
-    ):
-        assert settled(view) is view
-    # Heads of 20 in fp16 are no multiple of 16 bytes: read by elements, wherever they are.
-    narrow = torch.zeros(3, 8, 3, 2, 20, dtype=torch.float16)
-    assert settled(narrow[:, :, 2]).data_ptr() == narrow[:, :, 2].data_ptr()
-    assert settled(x[..., 1:]).is_contiguous()
-    # What is broadcast is copied once.
-    wide = torch.zeros(1, 1, 8, 9).expand(3, 2, 8, 9)[..., 1:]
-    assert settled(wide).stride() == (0, 0, 8, 1)
-    assert settled(wide, broadcast=False).stride() == (128, 64, 8, 1)
-
-
-def test_descriptors_only_where_they_can_be() -> None:
-    config = {**BLOCKS, "TMA": 1}
-    for head_dim, wanted in ((64, True), (40, True), (20, False)):
-        q, k, v = views_of(2, 45, head_dim, torch.float16)["packed"]
-        _, (launch,) = module.plan(config, q, k, v)
-        assert launch.constants["TMA"] is wanted
 
 
 def test_opcheck_and_compile(seed: int) -> None:

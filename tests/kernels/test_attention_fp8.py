@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from heatsink.kernels import reference
-from heatsink.kernels._config import Config
+from heatsink.kernels._config import Config, Target
 from heatsink.kernels._launch import run
 from heatsink.kernels.attention import _attention_torch
 from heatsink.kernels.attention_fp8 import attention_fp8
@@ -155,6 +155,18 @@ def test_which_kernels_run(pure: bool) -> None:
     dtype = torch.float8_e4m3fn if pure else torch.int8
     stored = [launches[-1].args[name] for name in ("q_ptr", "k_ptr")]
     assert [x.dtype for x in stored if isinstance(x, Tensor)] == [dtype, dtype]
+
+
+@pytest.mark.parametrize("arch", [80, 86])
+def test_e4m3_needs_a_device_that_has_it(arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "target_of", lambda device: Target("", arch))
+    x = torch.empty(1, 64, 1, 64, dtype=torch.float16, device="meta")
+    match = f"pure: expected a device of sm_89 or later, got sm_{arch}"
+    with pytest.raises(ValueError, match=match):
+        module._attention_fp8_triton(x, x, x, 0.125, True)
+    for pure, least in ((False, 80), (True, 89)):
+        _, launches = module.plan(SMALL, x, x, x, pure=pure)
+        assert {min(launch.kernel.archs) for launch in launches} == {least}
 
 
 @PURE
