@@ -110,7 +110,7 @@ def _attend(
             k = _load_keys(keys, descs[1], start, seq_k, BLOCK_N, HEAD_A, HEAD_B, HEAD_DIM, MASKED)
             qk = dot(queries[1], tl.trans(k), qk, PRECISION, UPCAST)
         if HAS_BIAS:
-            qk = biased(qk, bias, offs_m, offs_n, seq_q, seq_k, scale)
+            qk = biased(qk, bias, offs_m, offs_n, seq_q, seq_k, scale, MASKED)
         if MASKED:
             qk = tl.where(offs_n[None, :] < seq_k, qk, float("-inf"))
             if CAUSAL:

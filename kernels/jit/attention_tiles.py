@@ -123,10 +123,13 @@ def dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def biased(qk, bias, offs_m, offs_n, seq_q, seq_k, scale):
-    # Natural units, so that a bias of the dtype's lowest value stays finite.
+def biased(qk, bias, offs_m, offs_n, seq_q, seq_k, scale, MASKED: tl.constexpr):
+    # Natural units, so that a bias of the dtype's lowest value stays finite. Where all keys are
+    # there, no mask along them hinders wide loads.
     ptr, stride_m = bias
-    mask = (offs_m[:, None] < seq_q) & (offs_n[None, :] < seq_k)
+    mask = offs_m[:, None] < seq_q
+    if MASKED:
+        mask = mask & (offs_n[None, :] < seq_k)
     offs = offs_m.to(tl.int64)[:, None] * stride_m + offs_n.to(tl.int64)[None, :]
     return qk * scale + tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32)
 

@@ -42,7 +42,7 @@ def _scores(
     if HEAD_B > 0:
         qk = dot(queries[1], tl.trans(keys[1]), qk, PRECISION, UPCAST)
     if HAS_BIAS:
-        qk = biased(qk, bias, offs_m, offs_n, seq_q, seq_k, scale)
+        qk = biased(qk, bias, offs_m, offs_n, seq_q, seq_k, scale, True)
     qk = tl.where(offs_n[None, :] < seq_k, qk, float("-inf"))
     if CAUSAL:
         qk = tl.where(offs_n[None, :] <= offs_m[:, None], qk, float("-inf"))
