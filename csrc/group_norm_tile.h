@@ -12,28 +12,32 @@
 
 namespace {
 
+constexpr int64_t kNarrow = 8;
+typedef float Narrow __attribute__((vector_size(kNarrow * sizeof(float))));
+
 // What a chunk knows of each group.
 struct Moments {
   float mean;
   float m2;  // sum of squared distances from the mean
 };
 
-// Sums over pixels of (x - center)^2, or of x where there is no center, for Width vectors.
+// Sums over pixels of (x - center)^2, or of x where there is no center, for Width vectors. Those
+// are as wide as AVX2's registers: of wider ones, GCC keeps arrays in memory there.
 template <int Width, bool Squared>
 HEATSINK_INLINE void sum_vectors(const float* x, int64_t stride, int64_t pixels,
                                  const float* center, float* sums) {
-  Vector even[Width] = {};
-  Vector odd[Width] = {};
-  Vector middle[Width] = {};
+  Narrow even[Width] = {};
+  Narrow odd[Width] = {};
+  Narrow middle[Width] = {};
   for (int v = 0; v < Width && Squared; ++v) {
-    load_vector(center + v * kLanes, middle[v]);
+    std::memcpy(&middle[v], center + v * kNarrow, sizeof middle[v]);
   }
   int64_t p = 0;
   for (; p + 1 < pixels; p += 2) {
     for (int v = 0; v < Width; ++v) {
-      Vector first, second;
-      load_vector(x + p * stride + v * kLanes, first);
-      load_vector(x + (p + 1) * stride + v * kLanes, second);
+      Narrow first, second;
+      std::memcpy(&first, x + p * stride + v * kNarrow, sizeof first);
+      std::memcpy(&second, x + (p + 1) * stride + v * kNarrow, sizeof second);
       if (Squared) {
         first -= middle[v];
         second -= middle[v];
@@ -46,15 +50,16 @@ HEATSINK_INLINE void sum_vectors(const float* x, int64_t stride, int64_t pixels,
   }
   for (int v = 0; v < Width; ++v) {
     if (p < pixels) {
-      Vector last;
-      load_vector(x + p * stride + v * kLanes, last);
+      Narrow last;
+      std::memcpy(&last, x + p * stride + v * kNarrow, sizeof last);
       if (Squared) {
         last -= middle[v];
         last *= last;
       }
       even[v] += last;
     }
-    store_vector(sums + v * kLanes, even[v] + odd[v]);
+    even[v] += odd[v];
+    std::memcpy(sums + v * kNarrow, &even[v], sizeof even[v]);
   }
 }
 
@@ -74,10 +79,10 @@ template <bool Squared>
 HEATSINK_INLINE void sum_pixels(const float* x, int64_t stride, int64_t pixels, int64_t channels,
                                 const float* center, float* sums) {
   int64_t c = 0;
-  for (; c + 2 * kLanes <= channels; c += 2 * kLanes) {
-    sum_vectors<2, Squared>(x + c, stride, pixels, center + c, sums + c);
+  for (; c + 4 * kNarrow <= channels; c += 4 * kNarrow) {
+    sum_vectors<4, Squared>(x + c, stride, pixels, center + c, sums + c);
   }
-  for (; c + kLanes <= channels; c += kLanes) {
+  for (; c + kNarrow <= channels; c += kNarrow) {
     sum_vectors<1, Squared>(x + c, stride, pixels, center + c, sums + c);
   }
   for (; c < channels; ++c) {
