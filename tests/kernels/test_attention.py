@@ -180,7 +180,7 @@ def test_any_bias_in_pytorch(
     bias = torch.randn(biased, generator=torch.Generator().manual_seed(seed))
     with sdpa_kernel(backend):
         out = module._attention_torch(q, k, v, 0.3, causal, bias)
-    exact = reference.attention(*(float64(x) for x in (q, k, v)), 0.3, causal, float64(bias))
+    exact = reference.attention(float64(q), float64(k), float64(v), 0.3, causal, float64(bias))
     within_budget(out, plain(q, k, v, scale=0.3, causal=causal, bias=bias), exact)
 
 
