@@ -8,10 +8,11 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
+
+#include "scratch.h"
 
 namespace {
 
@@ -65,19 +66,6 @@ AttentionKernel choose_kernel() {
     names += std::string(names.empty() ? "" : ", ") + choice.name;
   }
   STD_TORCH_CHECK(false, "HEATSINK_CPU: expected one of ", names, " on this processor, got ", wish);
-}
-
-// Memory that a thread keeps from call to call: new pages cost more than a small call.
-float* thread_scratch(int64_t floats) {
-  thread_local std::unique_ptr<float, decltype(&std::free)> memory(nullptr, std::free);
-  thread_local int64_t size = 0;
-  if (size < floats) {
-    memory.reset();
-    size = heatsink::round_up(floats, 16);
-    memory.reset(static_cast<float*>(std::aligned_alloc(64, size * sizeof(float))));
-    STD_TORCH_CHECK(memory != nullptr, "attention: no memory for ", size, " floats of scratch");
-  }
-  return memory.get();
 }
 
 Element element_of(const Tensor& x) {
@@ -173,7 +161,7 @@ Tensor attention(Tensor q, Tensor k, Tensor v, double scale, bool causal,
   const int64_t grain = std::max<int64_t>(1, kGrainProducts / products);
   const int64_t floats = heatsink::scratch_floats(a);
   torch::stable::parallel_for(0, count_tasks(a), grain, [&](int64_t begin, int64_t end) {
-    kernel(a, begin, end, thread_scratch(floats));
+    kernel(a, begin, end, heatsink::thread_scratch(floats));
   });
   return out;
 }

@@ -10,6 +10,7 @@
 
 #include "float_tensor.h"
 #include "group_norm_tile.h"
+#include "scratch.h"
 
 namespace {
 
@@ -36,24 +37,27 @@ struct Arguments {
   bool silu;
 };
 
+// A thread's memory.
 struct Work {
-  std::vector<float> floats;  // of a chunk, where it is not float32
-  std::vector<float> scratch, coefficients;
-  std::vector<double> merged;
+  double* merged;       // mean and M2 of each group
+  float* scratch;       // two values a channel
+  float* coefficients;  // three
+  float* floats;        // a chunk, where it is not float32
+  int64_t channels;
 
-  Work(const Pixels& x, int64_t chunk, int64_t groups)
-      : scratch(static_cast<size_t>(2 * x.channels)),
-        coefficients(static_cast<size_t>(3 * x.channels)),
-        merged(static_cast<size_t>(2 * groups)) {
-    if (x.dtype != ScalarType::Float) {
-      floats.resize(static_cast<size_t>(std::min(chunk, x.pixels) * x.channels));
-    }
+  Work(const Pixels& x, int64_t chunk, int64_t groups) : channels(x.channels) {
+    const int64_t of_groups = 4 * groups;
+    const int64_t values =
+        x.dtype == ScalarType::Float ? 0 : std::min(chunk, x.pixels) * x.channels;
+    float* memory = heatsink::thread_scratch(of_groups + 5 * channels + values);
+    merged = reinterpret_cast<double*>(memory);
+    scratch = memory + of_groups;
+    coefficients = scratch + 2 * channels;
+    floats = coefficients + 3 * channels;
   }
 
-  Coefficients by() {
-    const int64_t channels = static_cast<int64_t>(coefficients.size()) / 3;
-    float* first = coefficients.data();
-    return {first, first + channels, first + 2 * channels};
+  Coefficients by() const {
+    return {coefficients, coefficients + channels, coefficients + 2 * channels};
   }
 };
 
@@ -101,13 +105,13 @@ class GroupNorm {
     }
     step = x_.channels;
     if (x_.pixel_step == x_.channels) {
-      read_floats(x_.dtype, from, pixels * step, work.floats.data());
+      read_floats(x_.dtype, from, pixels * step, work.floats);
     } else {
       for (int64_t p = 0; p < pixels; ++p) {
-        read_floats(x_.dtype, x_.at(n, first + p), step, work.floats.data() + p * step);
+        read_floats(x_.dtype, x_.at(n, first + p), step, work.floats + p * step);
       }
     }
-    return work.floats.data();
+    return work.floats;
   }
 
   // Moments of tasks, which are chunks of samples in order.
@@ -117,8 +121,8 @@ class GroupNorm {
       int64_t step = 0;
       const int64_t chunk = task % chunks_;
       const float* values = read(task / chunks_, chunk * chunk_, pixels_of(chunk), work, step);
-      chunk_moments(values, step, pixels_of(chunk), x_.channels, arguments_.groups,
-                    work.scratch.data(), &moments_[task * arguments_.groups]);
+      chunk_moments(values, step, pixels_of(chunk), x_.channels, arguments_.groups, work.scratch,
+                    &moments_[task * arguments_.groups]);
       if (normalise_too && chunk == chunks_ - 1) {
         normalise(task - chunk, task + 1, work);
       }
@@ -147,7 +151,7 @@ class GroupNorm {
     const float* values = read(n, first, pixels, work, step);
     char* to = out_ + (n * x_.pixels + first) * x_.channels * element_bytes(x_.dtype);
     const bool direct = x_.dtype == ScalarType::Float;
-    float* results = direct ? reinterpret_cast<float*>(to) : work.floats.data();
+    float* results = direct ? reinterpret_cast<float*>(to) : work.floats;
     const auto apply = arguments_.silu ? apply_silu : apply_affine;
     apply(values, step, pixels, x_.channels, work.by(), results);
     if (!direct) {
@@ -158,9 +162,9 @@ class GroupNorm {
   // Chan's merging of the chunks' moments, in order and in double, and all that follows from it.
   void fill_coefficients(int64_t n, Work& work) const {
     const int64_t groups = arguments_.groups;
-    double* mean = work.merged.data();
+    double* mean = work.merged;
     double* m2 = mean + groups;
-    std::fill(work.merged.begin(), work.merged.end(), 0.0);
+    std::fill_n(mean, 2 * groups, 0.0);
     double count = 0.0;
     for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
       const auto added = static_cast<double>(pixels_of(chunk) * (x_.channels / groups));

@@ -5,12 +5,15 @@
 
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 
 #include "vector_math.h"
 
 namespace {
+
+constexpr int64_t kNarrow = 8;
+typedef float Narrow __attribute__((vector_size(kNarrow * sizeof(float))));
+typedef float Four __attribute__((vector_size(4 * sizeof(float))));
 
 // What a chunk knows of each group.
 struct Moments {
@@ -18,22 +21,23 @@ struct Moments {
   float m2;  // sum of squared distances from the mean
 };
 
-// Sums over pixels of (x - center)^2, or of x where there is no center, for Width vectors.
+// Sums over pixels of (x - center)^2, or of x where there is no center, for Width vectors. Those
+// are as wide as AVX2's registers: of wider ones, GCC keeps arrays in memory there.
 template <int Width, bool Squared>
 HEATSINK_INLINE void sum_vectors(const float* x, int64_t stride, int64_t pixels,
                                  const float* center, float* sums) {
-  Vector even[Width] = {};
-  Vector odd[Width] = {};
-  Vector middle[Width] = {};
+  Narrow even[Width] = {};
+  Narrow odd[Width] = {};
+  Narrow middle[Width] = {};
   for (int v = 0; v < Width && Squared; ++v) {
-    load_vector(center + v * kLanes, middle[v]);
+    std::memcpy(&middle[v], center + v * kNarrow, sizeof middle[v]);
   }
   int64_t p = 0;
   for (; p + 1 < pixels; p += 2) {
     for (int v = 0; v < Width; ++v) {
-      Vector first, second;
-      load_vector(x + p * stride + v * kLanes, first);
-      load_vector(x + (p + 1) * stride + v * kLanes, second);
+      Narrow first, second;
+      std::memcpy(&first, x + p * stride + v * kNarrow, sizeof first);
+      std::memcpy(&second, x + (p + 1) * stride + v * kNarrow, sizeof second);
       if (Squared) {
         first -= middle[v];
         second -= middle[v];
@@ -46,15 +50,16 @@ HEATSINK_INLINE void sum_vectors(const float* x, int64_t stride, int64_t pixels,
   }
   for (int v = 0; v < Width; ++v) {
     if (p < pixels) {
-      Vector last;
-      load_vector(x + p * stride + v * kLanes, last);
+      Narrow last;
+      std::memcpy(&last, x + p * stride + v * kNarrow, sizeof last);
       if (Squared) {
         last -= middle[v];
         last *= last;
       }
       even[v] += last;
     }
-    store_vector(sums + v * kLanes, even[v] + odd[v]);
+    even[v] += odd[v];
+    std::memcpy(sums + v * kNarrow, &even[v], sizeof even[v]);
   }
 }
 
@@ -74,10 +79,10 @@ template <bool Squared>
 HEATSINK_INLINE void sum_pixels(const float* x, int64_t stride, int64_t pixels, int64_t channels,
                                 const float* center, float* sums) {
   int64_t c = 0;
-  for (; c + 2 * kLanes <= channels; c += 2 * kLanes) {
-    sum_vectors<2, Squared>(x + c, stride, pixels, center + c, sums + c);
+  for (; c + 4 * kNarrow <= channels; c += 4 * kNarrow) {
+    sum_vectors<4, Squared>(x + c, stride, pixels, center + c, sums + c);
   }
-  for (; c + kLanes <= channels; c += kLanes) {
+  for (; c + kNarrow <= channels; c += kNarrow) {
     sum_vectors<1, Squared>(x + c, stride, pixels, center + c, sums + c);
   }
   for (; c < channels; ++c) {
@@ -87,17 +92,35 @@ HEATSINK_INLINE void sum_pixels(const float* x, int64_t stride, int64_t pixels, 
 
 // Four sums of every fourth channel of a group, so that none waits long for the one before.
 HEATSINK_INLINE float sum_group(const float* sums, int64_t size) {
-  float parts[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  Four parts = {};
+  Four some;
   int64_t j = 0;
   for (; j + 4 <= size; j += 4) {
-    for (int64_t k = 0; k < 4; ++k) {
-      parts[k] += sums[j + k];
-    }
+    std::memcpy(&some, sums + j, sizeof some);
+    parts += some;
   }
-  for (; j < size; ++j) {
-    parts[j % 4] += sums[j];
+  if (j < size) {
+    // Adding 0 changes nothing: a sum that began at 0 is never -0.
+    float rest[4] = {};
+    for (int64_t k = 0; j + k < size; ++k) {
+      rest[k] = sums[j + k];
+    }
+    std::memcpy(&some, rest, sizeof some);
+    parts += some;
   }
   return (parts[0] + parts[2]) + (parts[1] + parts[3]);
+}
+
+// `value` for every channel of a group; groups are too small for what fill_n has to decide.
+HEATSINK_INLINE void spread(float value, int64_t size, float* to) {
+  const Four values = {value, value, value, value};
+  int64_t j = 0;
+  for (; j + 4 <= size; j += 4) {
+    std::memcpy(to + j, &values, sizeof values);
+  }
+  for (; j < size; ++j) {
+    to[j] = value;
+  }
 }
 
 // Mean and M2 of each group of a chunk; `scratch` holds 2 * channels floats.
@@ -110,9 +133,7 @@ HEATSINK_CLONES void chunk_moments(const float* x, int64_t stride, int64_t pixel
   sum_pixels<false>(x, stride, pixels, channels, center, sums);
   for (int64_t g = 0; g < groups; ++g) {
     moments[g].mean = sum_group(sums + g * size, size) / count;
-    for (int64_t j = 0; j < size; ++j) {
-      center[g * size + j] = moments[g].mean;
-    }
+    spread(moments[g].mean, size, center + g * size);
   }
   sum_pixels<true>(x, stride, pixels, channels, center, sums);
   for (int64_t g = 0; g < groups; ++g) {
@@ -152,8 +173,8 @@ HEATSINK_CLONES void fold(const double* mean, double* __restrict m2, int64_t gro
     m2[g] = 1.0 / std::sqrt(m2[g] / count + eps);
   }
   for (int64_t g = 0; g < groups; ++g) {
-    std::fill_n(by.mean + g * size, size, static_cast<float>(mean[g]));
-    std::fill_n(by.gain + g * size, size, static_cast<float>(m2[g]));
+    spread(static_cast<float>(mean[g]), size, by.mean + g * size);
+    spread(static_cast<float>(m2[g]), size, by.gain + g * size);
   }
   float* __restrict gain = by.gain;
   float* __restrict offset = by.offset;

@@ -11,6 +11,7 @@
 #include <algorithm>
 
 #include "float_tensor.h"
+#include "scratch.h"
 #include "vector_math.h"
 
 namespace {
@@ -100,7 +101,7 @@ void for_each_row(Tensor x, Tensor& out, const Normalise& normalise) {
   char* to = static_cast<char*>(out.mutable_data_ptr());
   const int64_t grain = std::max<int64_t>(1, kRowGrain / width);
   torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(static_cast<size_t>(dtype == ScalarType::Float ? 0 : 2 * width));
+    float* floats = dtype == ScalarType::Float ? nullptr : heatsink::thread_scratch(2 * width);
     for (int64_t row = begin; row < end; ++row) {
       const char* source = from + row * step;
       char* target = to + row * width * bytes;
@@ -108,9 +109,9 @@ void for_each_row(Tensor x, Tensor& out, const Normalise& normalise) {
         normalise(row, reinterpret_cast<const float*>(source), reinterpret_cast<float*>(target));
         continue;
       }
-      float* results = scratch.data() + width;
-      read_floats(dtype, source, width, scratch.data());
-      normalise(row, static_cast<const float*>(scratch.data()), results);
+      float* results = floats + width;
+      read_floats(dtype, source, width, floats);
+      normalise(row, static_cast<const float*>(floats), results);
       write_floats(dtype, results, width, target);
     }
   });

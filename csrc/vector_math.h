@@ -18,14 +18,6 @@ typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
 typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(float))));
 typedef uint32_t Words __attribute__((vector_size(kLanes * sizeof(float))));
 
-HEATSINK_INLINE void load_vector(const float* from, Vector& value) {
-  std::memcpy(&value, from, sizeof value);
-}
-
-HEATSINK_INLINE void store_vector(float* to, const Vector& value) {
-  std::memcpy(to, &value, sizeof value);
-}
-
 // x / (1 + 2^t), t = -x log2(e), for float with its integers or for Vector with its own.
 //
 // t is clamped to [-126, 118] and split into an integer n and a fraction f. For f, 2^f = (p + q) /
