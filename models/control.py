@@ -8,6 +8,7 @@ turned, moved and scaled.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,9 @@ CAPTION_SWAP = 0.5
 # The chosen subjects are a quarter of all, but what the model is asked for.
 KNOWN_SHARE = 0.4
 BATCH = 32
-LEARNING_RATE = 1e-3
+# Checkpoint, whether the pairs are moved, peak learning rate, share of the budget: at last the
+# pairs as they are, for which the base knows already what to draw.
+PHASES = (("controlnet", True, 1e-3, 0.8), ("controlnet-exact", False, 5e-4, 0.2))
 
 Pictures = npt.NDArray[np.uint8]
 
@@ -108,6 +111,38 @@ def captioned(
     ]
 
 
+def _loss(
+    icons: data.Icons, vae: Any, bundle: diffusion.Bundle, controlnet: Any
+) -> Callable[[bool, torch.Generator], Tensor]:
+    """The loss of a batch of every subject but those held out; pairs moved, or as they are."""
+    subjects = np.flatnonzero(~icons.held_out("controlnet"))
+    lines_of = data.STYLES.index(data.LINE_ART)
+    latents, lines = prepare(
+        icons.pictures[subjects, 0], icons.pictures[subjects, lines_of], vae, bundle.device
+    )
+    known, unknown = icons.selected[subjects], subjects[~icons.selected[subjects]]
+    weights = np.where(known, KNOWN_SHARE / known.sum(), (1 - KNOWN_SHARE) / (~known).sum())
+    odds = torch.from_numpy(weights).float().to(bundle.device)
+
+    def loss_of_step(moved: bool, generator: torch.Generator) -> Tensor:
+        index = torch.multinomial(odds, BATCH, replacement=True, generator=generator)
+        drawn = VARIANTS if moved else 1
+        version = torch.randint(drawn, (BATCH,), generator=generator, device=bundle.device)
+        rng = np.random.default_rng(index.tolist())
+        chosen = captioned(icons, [int(subjects[i]) for i in index.tolist()], unknown, rng)
+        captions = diffusion.captions_for(icons, chosen, CAPTION_DROP, generator)
+        condition = condition_of(lines[index.cpu(), version.cpu()], bundle.device)
+
+        def residuals(noisy: Tensor, t: Tensor, hidden: Tensor) -> dict[str, Any]:
+            down, mid = controlnet(noisy, t, hidden, controlnet_cond=condition, return_dict=False)
+            return {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+
+        x0 = latents[index, version]
+        return diffusion.velocity_loss(bundle, x0, captions, generator, residuals)
+
+    return loss_of_step
+
+
 def train_controlnet(
     icons: data.Icons,
     vae: Any,
@@ -125,43 +160,17 @@ def train_controlnet(
     torch.manual_seed(3)
     controlnet = ControlNetModel.from_unet(bundle.unet, conditioning_channels=3)
     controlnet = controlnet.to(bundle.device).requires_grad_(True)
-    subjects = np.flatnonzero(~icons.held_out("controlnet"))
-    latents, lines = prepare(
-        icons.pictures[subjects, 0],
-        icons.pictures[subjects, data.STYLES.index(data.LINE_ART)],
-        vae,
-        bundle.device,
-    )
-    known, unknown = icons.selected[subjects], subjects[~icons.selected[subjects]]
-    weights = np.where(known, KNOWN_SHARE / known.sum(), (1 - KNOWN_SHARE) / (~known).sum())
-    odds = torch.from_numpy(weights).float().to(bundle.device)
-
-    def loss_of_step(generator: torch.Generator) -> Tensor:
-        index = torch.multinomial(odds, BATCH, replacement=True, generator=generator)
-        version = torch.randint(VARIANTS, (BATCH,), generator=generator, device=bundle.device)
-        chosen = [int(subjects[i]) for i in index.tolist()]
-        rng = np.random.default_rng(index.tolist())
-        whose = captioned(icons, chosen, unknown, rng)
-        captions = diffusion.captions_for(icons, whose, CAPTION_DROP, generator)
-        condition = condition_of(lines[index.cpu(), version.cpu()], bundle.device)
-
-        def residuals(noisy: Tensor, t: Tensor, hidden: Tensor) -> dict[str, Any]:
-            down, mid = controlnet(noisy, t, hidden, controlnet_cond=condition, return_dict=False)
-            return {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
-
-        return diffusion.velocity_loss(
-            bundle, latents[index, version], captions, generator, residuals
+    loss_of_step = _loss(icons, vae, bundle, controlnet)
+    for seed, (name, moved, rate, share) in enumerate(PHASES, start=3):
+        loop.train(
+            name,
+            folder,
+            dict(controlnet.named_parameters()),
+            functools.partial(loss_of_step, moved),
+            steps=max(1, round(steps * share)),
+            seconds=seconds * share if seconds else None,
+            lr=rate,
+            sample=sample,
+            seed=seed,
         )
-
-    loop.train(
-        "controlnet",
-        folder,
-        dict(controlnet.named_parameters()),
-        loss_of_step,
-        steps=steps,
-        seconds=seconds,
-        lr=LEARNING_RATE,
-        sample=sample,
-        seed=3,
-    )
     return controlnet
