@@ -3,7 +3,8 @@
     import heatsink.kernels as hk
     out = hk.attention(q, k, v)
 
-An op's module is imported when the op is first asked for, and PyTorch with it.
+An op's module is imported when the op is first asked for, and PyTorch with it; `load` imports all,
+for `torch.ops.heatsink.<op>` and for programs that were exported with ops of this package.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ __all__ = [
     "group_norm_silu",
     "guided_step",
     "layer_norm",
+    "load",
     "normal",
     "rms_norm",
     "rotary",
@@ -44,7 +46,17 @@ __all__ = [
 ]
 
 # Op -> the module that has it.
-_MODULES = {name: name for name in __all__ if name != "use_cache"} | {"normal": "noise"}
+_MODULES = {name: name for name in __all__ if name not in ("load", "use_cache")}
+_MODULES["normal"] = "noise"
+
+
+def load() -> None:
+    """Registers every op with PyTorch, for torch.ops and exported programs.
+
+    Needs neither Triton nor a GPU. An op that is called by its name here needs no `load`.
+    """
+    for module in _MODULES.values():
+        import_module(f"{__name__}.{module}")
 
 
 class _Package(ModuleType):

@@ -7,18 +7,17 @@ Opening checks every byte of it; docs/kernels_aot.md has the format.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from heatsink.kernels._compile import Binary, Job, binary_from
+from heatsink.kernels._cache_index import INDEX, Entry, Index, Source, dump, load
+from heatsink.kernels._compile import Binary, Job
 from heatsink.kernels._sources import digest_of
 from heatsink.kernels.errors import CacheMismatch
 
@@ -26,32 +25,10 @@ if TYPE_CHECKING:
     from heatsink.kernels._driver import Function
     from heatsink.kernels._launch import Launch
 
-SCHEMA = 1
-INDEX = "index.json"
 VARIABLE = "HEATSINK_KERNEL_CACHE"
 COMMAND = "heatsink kernels compile"
 
-# A binary for 8.0 runs on the later devices of its generation; from 9.0 on, Triton compiles for
-# one architecture alone (sm_90a).
-_RUNS_ON = {80: (80, 86, 87, 89), 89: (89,), 90: (90,), 100: (100,), 120: (120,)}
-
 Missing = Literal["error", "compile"]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A binary in the folder: for which launch and architecture, and where it may run."""
-
-    key: str
-    kernel: str
-    arch: int
-    runs_on: tuple[int, ...]
-    binary: Binary
-
-
-def _digest(index: Mapping[str, Any]) -> str:
-    rest = {name: value for name, value in index.items() if name != "digest"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def write_cache(
@@ -85,43 +62,25 @@ def write_cache(
         whole = temporary / "new"
         whole.mkdir()
         made = list(make(whole))
-        text = json.dumps(_index(made, command, version), indent=1) + "\n"
-        (whole / INDEX).write_text(text, "utf-8")
-        if folder.exists():
-            folder.rename(temporary / "old")
-        whole.rename(folder)
+        (whole / INDEX).write_text(dump(made, command, version), "utf-8")
+        _replace(folder, whole, temporary.with_name(f"{temporary.name}.old"))
     finally:
         shutil.rmtree(temporary)
     return len(made)
 
 
-def _index(made: list[tuple[Job, Binary]], command: str, version: str) -> dict[str, Any]:
-    kernels = {job.kernel: job for job, _ in made}
-    index = {
-        "schema": SCHEMA,
-        "command": command,
-        "heatsink": version,
-        "triton": sorted({binary.triton for _, binary in made}),
-        "kernels": {
-            name: {
-                "module": job.module,
-                "fusion": job.fusion,
-                "digest": digest_of(name, job.module, job.fusion),
-            }
-            for name, job in sorted(kernels.items())
-        },
-        "binaries": [
-            {
-                "key": job.key,
-                "kernel": job.kernel,
-                "arch": job.arch,
-                "runs_on": _RUNS_ON[job.arch],
-                "binary": asdict(binary),
-            }
-            for job, binary in made
-        ],
-    }
-    return {**index, "digest": _digest(index)}
+def _replace(folder: Path, whole: Path, aside: Path) -> None:
+    """Rename `whole` to `folder`; what was there is kept `aside` until that is done."""
+    if not folder.exists():
+        whole.rename(folder)
+        return
+    folder.rename(aside)
+    try:
+        whole.rename(folder)
+    except BaseException:
+        aside.rename(folder)
+        raise
+    shutil.rmtree(aside)
 
 
 class Cache:
@@ -143,50 +102,38 @@ class Cache:
         self.command = f"{COMMAND} --arch ARCH -o {folder}"
         self._missing = missing
         index = self._read_index()
-        self.command = index["command"]
-        self._check_sources(index["kernels"])
-        self.entries = tuple(
-            Entry(
-                key=fields["key"],
-                kernel=fields["kernel"],
-                arch=fields["arch"],
-                runs_on=tuple(fields["runs_on"]),
-                binary=binary_from(fields["binary"]),
-            )
-            for fields in index["binaries"]
-        )
+        self.command = index.command
+        self._check_sources(index.kernels)
+        self.entries = index.entries
         for entry in self.entries:
             self.image(entry)
+        self._places = {(entry.key, entry.arch): entry for entry in self.entries}
         self._lock = threading.Lock()
         self._functions: dict[tuple[int, str], Function | None] = {}
 
     def _mismatch(self, what: str) -> CacheMismatch:
         return CacheMismatch(f"{self.folder}: {what}; build it again: {self.command}")
 
-    def _read_index(self) -> dict[str, Any]:
+    def _read_index(self) -> Index:
         try:
-            index = json.loads((self.folder / INDEX).read_text("utf-8"))
+            return load((self.folder / INDEX).read_text("utf-8"))
         except OSError as error:
             raise self._mismatch(f"expected a cache of compiled kernels ({error})") from None
-        except ValueError as error:
+        except UnicodeDecodeError as error:
             raise self._mismatch(f"{INDEX} is damaged ({error})") from None
-        if not isinstance(index, dict) or index.get("schema") != SCHEMA:
-            found = index.get("schema") if isinstance(index, dict) else type(index).__name__
-            raise self._mismatch(f"expected schema {SCHEMA} in {INDEX}, got {found!r}")
-        if index.get("digest") != _digest(index):
-            raise self._mismatch(f"{INDEX} is damaged: its digest is not its content's")
-        return index
+        except ValueError as error:
+            raise self._mismatch(str(error)) from None
 
-    def _check_sources(self, kernels: Mapping[str, Mapping[str, Any]]) -> None:
+    def _check_sources(self, kernels: Mapping[str, Source]) -> None:
         for name, known in kernels.items():
             try:
-                present = digest_of(name, known["module"], known["fusion"])
+                present = digest_of(name, known.module, known.fusion)
             except FileNotFoundError:
                 raise self._mismatch(f"kernel {name}: this version has no such kernel") from None
-            if present != known["digest"]:
+            if present != known.digest:
                 raise self._mismatch(
                     f"kernel {name}: expected sources {present[:16]} (this version's), got "
-                    f"{known['digest'][:16]}"
+                    f"{known.digest[:16]}"
                 )
 
     def image(self, entry: Entry) -> bytes:
@@ -196,8 +143,11 @@ class Cache:
             CacheMismatch: if they are not those that were written.
         """
         binary = entry.binary
+        path = self.folder / binary.file
+        if path.is_symlink():
+            raise self._mismatch(f"{binary.file}: expected a file, got a link to another")
         try:
-            data = (self.folder / binary.file).read_bytes()
+            data = path.read_bytes()
         except OSError as error:
             raise self._mismatch(f"{binary.file} can't be read ({error})") from None
         found = hashlib.sha256(data).hexdigest()
@@ -208,21 +158,21 @@ class Cache:
         return data
 
     def find(self, launch: Launch, arch: int) -> Entry | None:
-        """The binary of a launch on an architecture, the one compiled for just that if there is.
+        """The binary of a launch on an architecture.
 
         Returns:
             None if there is none and missing ones are to be compiled.
 
         Raises:
-            CacheMismatch: if there is none, or it was compiled with another contraction.
+            CacheMismatch: if there is none.
         """
         key = launch.key()
-        fitting = [e for e in self.entries if e.key == key and arch in e.runs_on]
-        if fitting:
-            return max(fitting, key=lambda entry: entry.arch)
+        found = self._places.get((key, arch))
+        if found is not None:
+            return found
         archs = sorted({entry.arch for entry in self.entries})
         held = ", ".join(f"sm_{value}" for value in archs) or "nothing"
-        if not any(arch in entry.runs_on for entry in self.entries):
+        if arch not in archs:
             told = f"expected binaries for sm_{arch} (this device), got {held}"
         else:
             told = f"expected a binary for sm_{arch} of {key}, got none"

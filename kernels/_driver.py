@@ -75,10 +75,15 @@ def arch_of(device: int) -> int:
     return target_of(torch.device("cuda", device)).arch
 
 
+@functools.cache
+def _context(device: int) -> Any:
+    """The context that PyTorch uses on a device, retained once and, as PyTorch's own, for good."""
+    return _call("cuDevicePrimaryCtxRetain", _call("cuDeviceGet", device))
+
+
 def _bind(device: int) -> None:
     """Make the context that PyTorch uses current in this thread."""
-    context = _call("cuDevicePrimaryCtxRetain", _call("cuDeviceGet", device))
-    _call("cuCtxSetCurrent", context)
+    _call("cuCtxSetCurrent", _context(device))
 
 
 class Function:

@@ -1,7 +1,9 @@
 """Times calls on a device: interleaved, caches cold on a GPU, the host's own time left out there.
 
 On CUDA each sample is one call between two events, after a write that evicts the L2 cache and a
-wait on the device during which the host queues the call: what is timed is the device's work. On
+wait on the device during which the host queues the call: what is timed is the device's work. The
+wait is twice as long as the host took for that call before, between half a millisecond and 20: a
+host that takes longer than that is timed too, and so is one that waits for the device itself. On
 the CPU a sample is as many calls as fill a millisecond, divided by their number: long for the
 clock, and short enough that most samples fall between two interruptions of a busy machine.
 """
@@ -19,8 +21,11 @@ from typing import Any
 import torch
 
 MIB = 1 << 20
-# Cycles that the device waits while the host queues a call: about half a millisecond.
-_HEAD_START = 1_000_000
+# How long the device waits while the host queues a call, against what that took before.
+_HEAD_START = 2
+_SHORTEST_WAIT, _LONGEST_WAIT = 0.0005, 0.02
+# A wait is given in cycles. No device's clock is faster, so none waits for less than that.
+_CYCLES_PER_SECOND = 3e9
 _SAMPLE_SECONDS = 0.001
 _MAX_CALLS = 10_000
 
@@ -102,21 +107,30 @@ class _Cpu:
 
 
 class _Cuda:
-    def __init__(self, device: torch.device) -> None:
+    def __init__(
+        self, device: torch.device, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         self._device = device
+        self._clock = clock
+        self._host: dict[Callable[[], Any], float] = {}
         size = torch.cuda.get_device_properties(device).L2_cache_size
         self._evict = torch.empty(max(4 * size, 64 * MIB), dtype=torch.uint8, device=device)
 
     def warm(self, call: Callable[[], Any]) -> None:
         call()
+        # With nothing queued, so that the host need not wait for a place in the queue.
+        torch.cuda.synchronize(self._device)
+        begun = self._clock()
         call()
+        self._host[call] = max(self._clock() - begun, self._host.get(call, 0.0))
         torch.cuda.synchronize(self._device)
 
     def take(self, call: Callable[[], Any]) -> float:
         begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        wait = min(_LONGEST_WAIT, max(_SHORTEST_WAIT, _HEAD_START * self._host[call]))
         self._evict.zero_()
         # PyTorch's own tests wait this way; there is no public name for it.
-        torch.cuda._sleep(_HEAD_START)
+        torch.cuda._sleep(round(wait * _CYCLES_PER_SECOND))
         begun.record()
         call()
         ended.record()

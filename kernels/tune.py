@@ -184,6 +184,10 @@ class _Case:
 Race = list[tuple[float, dict[str, float]]]
 
 
+# Of a configuration: its time against the default's, itself, and both's seconds by case.
+Outcome = tuple[float, Config, dict[str, float], dict[str, float]]
+
+
 def _tune_group(
     group: Group,
     device: torch.device,
@@ -198,6 +202,7 @@ def _tune_group(
         check_device(device, f"{group.op.name} {dict(group.key)} with {group.default}")
         choice.error = f"the default configuration: {one_line(error)}"
         return choice
+    trial = _Trial(group, device, timer, cases, choice)
     scored: list[tuple[float, Config]] = []
     others = distinct(group)
     for place, config in enumerate(others):
@@ -207,21 +212,70 @@ def _tune_group(
             choice.complete = False
             break
         choice.tried += 1
-        try:
-            ((_, _), (score, _)) = _race(group, [config], cases, timer, QUICK_ROUNDS)
-            scored.append((score, config))
-        except failures() as error:
-            choice.skipped.append({"config": config, "reason": one_line(error)})
-            check_device(device, f"{group.op.name} {dict(group.key)} with {config}")
+        race = trial.alone(config, QUICK_ROUNDS)
+        if race is not None:
+            scored.append((race[1][0], config))
     scored.sort(key=lambda pair: pair[0])
-    finalists = [config for _, config in scored[:FINALISTS]]
-    race = _race(group, finalists, cases, timer, FINAL_ROUNDS)
-    best = min(range(len(race)), key=lambda place: race[place][0])
-    if race[best][0] > 1 - MARGIN:
-        best = 0
-    choice.config = [group.default, *finalists][best]
-    choice.seconds, choice.default_seconds = race[best][1], race[0][1]
+    trial.settle([config for _, config in scored[:FINALISTS]])
     return choice
+
+
+@dataclass
+class _Trial:
+    """A group under way, and what is found for it."""
+
+    group: Group
+    device: torch.device
+    timer: Timer
+    cases: Sequence[_Case]
+    choice: Choice
+
+    def alone(self, config: Config, rounds: int) -> Race | None:
+        """Race one configuration against the default; where it fails, its reason is noted."""
+        try:
+            return _race(self.group, [config], self.cases, self.timer, rounds)
+        except failures() as error:
+            self.choice.skipped.append({"config": config, "reason": one_line(error)})
+            self._check_device([config])
+            return None
+
+    def settle(self, finalists: Sequence[Config]) -> None:
+        """Choose between the finalists and the default, by many rounds."""
+        choice = self.choice
+        try:
+            outcomes = self._finals(finalists)
+        except failures() as error:
+            choice.error = f"the default configuration: {one_line(error)}"
+            return
+        score, config, seconds, default_seconds = min(outcomes, key=lambda outcome: outcome[0])
+        choice.default_seconds = default_seconds
+        won = score <= 1 - MARGIN
+        choice.config = config if won else self.group.default
+        choice.seconds = seconds if won else default_seconds
+
+    def _finals(self, finalists: Sequence[Config]) -> list[Outcome]:
+        """The finalists' outcomes, the default's own among them unless they race alone."""
+        try:
+            race = _race(self.group, finalists, self.cases, self.timer, FINAL_ROUNDS)
+        except failures():
+            self._check_device([self.group.default, *finalists])
+            if not finalists:
+                raise
+            # It is not known which of them failed: each races alone, so that it takes none along.
+            races = [(config, self.alone(config, FINAL_ROUNDS)) for config in finalists]
+            outcomes = [(r[1][0], config, r[1][1], r[0][1]) for config, r in races if r]
+            return outcomes or self._finals([])
+        entrants = [self.group.default, *finalists]
+        default_seconds = race[0][1]
+        return [
+            (score, config, seconds, default_seconds)
+            for config, (score, seconds) in zip(entrants, race, strict=True)
+        ]
+
+    def _check_device(self, configs: Sequence[Config]) -> None:
+        """Make sure that the device still answers after one of `configs` failed."""
+        tried = " or ".join(map(str, configs))
+        check_device(self.device, f"{self.group.op.name} {dict(self.group.key)} with {tried}")
 
 
 def distinct(group: Group) -> list[Config]:

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from heatsink import kernels
-from heatsink.kernels import _cache, _driver, aot, catalog
+from heatsink.kernels import _driver, aot, catalog
 from heatsink.kernels._cache import Cache, write_cache
 from heatsink.kernels._compile import Binary, Job
 from heatsink.kernels._config import target_of
-from heatsink.kernels._launch import Kernel
+from heatsink.kernels._launch import ARCHS, Kernel
 from heatsink.kernels._op import Case, Op
 from heatsink.kernels._params import Parameters, layout, passed
 from heatsink.kernels._workers import compile_jobs
@@ -100,6 +100,27 @@ def test_only_cuda_tensors_have_a_device() -> None:
     assert _driver.device_of(launch) is None
 
 
+def test_a_devices_context_is_retained_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Any, ...]] = []
+
+    def call(name: str, *arguments: Any) -> Any:
+        calls.append((name, *arguments))
+        what = {"cuDeviceGet": "device", "cuDevicePrimaryCtxRetain": "context of"}
+        return f"{what.get(name)} {arguments[0]}"
+
+    monkeypatch.setattr(_driver, "_call", call)
+    _driver._context.cache_clear()
+    try:
+        for device in (0, 1, 0, 0, 1):
+            _driver._bind(device)
+    finally:
+        _driver._context.cache_clear()
+    retained = [call[1] for call in calls if call[0] == "cuDevicePrimaryCtxRetain"]
+    assert retained == ["device 0", "device 1"]
+    current = [call[1] for call in calls if call[0] == "cuCtxSetCurrent"]
+    assert current == [f"context of device {device}" for device in (0, 1, 0, 0, 1)]
+
+
 def smoke() -> list[tuple[Op, Case]]:
     """What together reaches every kernel."""
     return [(op, case) for op in catalog.ops().values() for case in aot.smoke_cases(op)]
@@ -107,8 +128,10 @@ def smoke() -> list[tuple[Op, Case]]:
 
 def arch_here() -> int:
     """The architecture to compile for, on this machine's device."""
-    device = target_of(torch.device("cuda", 0)).arch
-    return max(own for own, runs_on in _cache._RUNS_ON.items() if device in runs_on)
+    arch = target_of(torch.device("cuda", 0)).arch
+    if arch not in ARCHS:
+        pytest.skip(reason=f"nothing is compiled ahead of time for sm_{arch}")
+    return arch
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +210,27 @@ def test_on_another_stream_thread_and_in_a_graph() -> None:
     out.zero_()
     graph.replay()
     assert torch.equal(out, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ahead", [False, True], ids=["triton", "cache"])
+def test_a_launch_runs_where_its_tensors_lie(ahead: bool, request: pytest.FixtureRequest) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip(reason=f"expected two devices, got {torch.cuda.device_count()}")
+    if ahead:
+        if target_of(torch.device("cuda", 1)).arch != arch_here():
+            pytest.skip(reason="the second device is of another architecture than the first")
+        request.getfixturevalue("cached")
+    there = torch.device("cuda", 1)
+    inputs = OP.cases[0].make(there)
+    with torch.cuda.device(0):
+        out = silu_mul(**inputs)
+        assert torch.cuda.current_device() == 0
+    torch.cuda.synchronize(there)
+    assert out.device == there
+    exact = torch.nn.functional.silu(inputs["gate"].double()) * inputs["up"].double()
+    eps = torch.finfo(out.dtype).eps
+    assert torch.allclose(out.double(), exact, rtol=eps, atol=eps)
 
 
 @pytest.mark.gpu

@@ -153,6 +153,57 @@ def test_a_default_that_fails_leaves_its_key_alone_and_the_next_is_tuned() -> No
     assert second.config == NARROW
 
 
+def refusing(failing: Callable[[int], bool], cost: Cost) -> tune.Timer:
+    """A timer that refuses, in the final race alone, launches of some widths of a block."""
+
+    def measure(candidates: Sequence[Sequence[Launch]], rounds: int) -> list[float]:
+        widths = {launch.constants["BLOCK_W"] for launches in candidates for launch in launches}
+        if rounds == tune.FINAL_ROUNDS and any(map(failing, widths)):
+            raise RuntimeError("out of memory")
+        return stopwatch(cost)(candidates, rounds)
+
+    return measure
+
+
+@pytest.mark.parametrize(
+    ("failing", "wins", "seconds"),
+    [({64}, WIDE, 1.5), ({256}, NARROW, 1.0), ({64, 256}, None, 2.0)],
+)
+def test_a_finalist_that_fails_takes_no_other_along(
+    failing: set[int], wins: Config | None, seconds: float
+) -> None:
+    found, _ = tune.groups([small()], SM80)
+    timer = refusing(failing.__contains__, by_block(w1024=2.0, w256=1.5, w64=1.0))
+    choices = tune.tune(found, CPU, timer, deadline=time.monotonic() + 60)
+    assert len(choices) == 2
+    for choice in choices:
+        assert (choice.config, choice.error) == (wins or choice.default, "")
+        assert set(choice.seconds.values()) == {seconds}
+        assert set(choice.default_seconds.values()) == {2.0}
+        assert {skip["config"]["BLOCK_W"] for skip in choice.skipped} == failing
+        assert {skip["reason"] for skip in choice.skipped} == {"RuntimeError: out of memory"}
+
+
+def test_a_default_that_fails_at_last_leaves_its_key_alone() -> None:
+    found, _ = tune.groups([small()], SM80)
+    timer = refusing(lambda width: width == 1024, by_block(w1024=2.0, w256=1.5, w64=1.0))
+    first, second = tune.tune(found, CPU, timer, deadline=time.monotonic() + 60)
+    for choice in (first, second):
+        assert choice.error == "the default configuration: RuntimeError: out of memory"
+        assert (choice.config, choice.seconds) == (choice.default, {})
+
+
+def test_a_device_lost_in_the_final_race_ends_the_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(device: torch.device, what: str) -> None:
+        raise DeviceLost(what)
+
+    monkeypatch.setattr(tune, "check_device", lost)
+    found, _ = tune.groups([small()], SM80)
+    timer = refusing(lambda width: width == 64, by_block(w1024=2.0, w256=1.5, w64=1.0))
+    with pytest.raises(DeviceLost, match=r"silu_mul.* with .*1024.* or .*64.* or .*256"):
+        tune.tune(found, CPU, timer, deadline=time.monotonic() + 60)
+
+
 def test_a_fault_of_the_tuner_itself_is_not_taken_for_a_configuration_that_fails() -> None:
     def plan(config: Config, gate: Tensor, up: Tensor) -> Any:
         return plan_silu_mul({"BLOCK_R": 1} if config == NARROW else config, gate, up)
