@@ -183,26 +183,27 @@ class GroupNorm {
   std::vector<Moments> moments_;
 };
 
-// The step between pixels if they lie evenly with dense channels, else 0.
+// The step between pixels if they lie evenly with dense channels, else -1; 0 where they are one
+// pixel in memory, as in an expanded view.
 int64_t pixel_step(const Tensor& x) {
   if (x.size(1) > 1 && x.stride(1) != 1) {
-    return 0;
+    return -1;
   }
-  int64_t step = 0;
+  int64_t step = -1;
   int64_t expected = 0;
   for (int64_t d = x.dim() - 1; d >= 2; --d) {
     if (x.size(d) == 1) {
       continue;
     }
-    if (step == 0) {
+    if (step < 0) {
       step = x.stride(d);
       expected = step;
     } else if (x.stride(d) != expected) {
-      return 0;
+      return -1;
     }
     expected *= x.size(d);
   }
-  return step == 0 ? x.size(1) : step;
+  return step < 0 ? x.size(1) : step;
 }
 
 // (N, ..., C) as (N, C, ...), without moving anything; or back.
@@ -246,7 +247,7 @@ Tensor group_norm_silu(Tensor x, int64_t groups, std::optional<Tensor> weight,
                   ", got ", groups);
   Tensor out = empty_channels_last(x);
   if (x.numel() > 0) {
-    if (pixel_step(x) == 0) {
+    if (pixel_step(x) < 0) {
       x = channels_second(torch::stable::contiguous(channels_last(x)));
     }
     const Pixels pixels{static_cast<const char*>(x.const_data_ptr()),

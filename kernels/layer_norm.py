@@ -165,7 +165,7 @@ def _layer_norm_torch(
         y = y * (1.0 + scale.float()).reshape(per_sample)
     if shift is not None:
         y = y + shift.float().reshape(per_sample)
-    return y.to(x.dtype)
+    return y.to(x.dtype).contiguous()
 
 
 def _layer_norm_fake(

@@ -108,7 +108,7 @@ def _rms_norm_torch(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     y = rows * inverse_root(sum_rows(rows * rows), width, eps)
     if weight is not None:
         y = y * weight.float()
-    return y.to(x.dtype).reshape(x.shape)
+    return y.to(x.dtype).reshape(x.shape).contiguous()
 
 
 def _rms_norm_fake(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

@@ -111,7 +111,8 @@ def _rotary_torch(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Ten
     a, b = wide.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else wide.chunk(2, dim=-1)
     turned = (a * cos - b * sin, b * cos + a * sin)
     out = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
-    return out.to(x.dtype)
+    # `cat` keeps the order of its inputs' strides.
+    return out.to(x.dtype).contiguous()
 
 
 def _rotary_fake(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:

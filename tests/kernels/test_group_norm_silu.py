@@ -158,6 +158,23 @@ def test_strides_change_no_bit(run: Run, seed: int) -> None:
 
 
 @ALL
+def test_expanded_views(run: Run, seed: int) -> None:
+    # Steps of 0: along one axis of pixels, along both, and between samples.
+    generator = torch.Generator().manual_seed(seed)
+    wide = torch.randn(2, 16, 4, 1, generator=generator).to(memory_format=torch.channels_last)
+    narrow = torch.randn(2, 4, 1, 16, generator=generator).expand(2, 4, 5, 16)
+    views = (
+        narrow.permute(0, 3, 1, 2),
+        wide.expand(2, 16, 4, 5),
+        wide[:, :, :1].expand(2, 16, 4, 5),
+        wide[:1].expand(3, 16, 4, 1),
+    )
+    for view in views:
+        assert 0 in view.stride()
+        assert torch.equal(run(view, 4), run(view.clone(), 4))
+
+
+@ALL
 @pytest.mark.parametrize("modulated", [True, False], ids=["modulated", "plain"])
 def test_rows_are_exact(run: Run, modulated: bool, seed: int, row_exact: Any) -> None:
     shared = make((1, 30, 7, 5), torch.float32, seed)

@@ -182,6 +182,17 @@ def test_the_extension_gives_the_bits_of_pytorch(dtype: torch.dtype, seed: int) 
         assert torch.equal(layer_norm(**given), RUNS["torch"](**given))
 
 
+def test_fake_strides_are_the_real_ones_in_every_implementation(seed: int) -> None:
+    x = torch.randn(2, 3, 5, 30, generator=torch.Generator().manual_seed(seed))
+    for order in ((0, 1, 2, 3), (2, 1, 0, 3), (0, 3, 2, 1), (1, 0, 3, 2)):
+        view = x.permute(order)
+        torch.library.opcheck(torch.ops.heatsink.layer_norm, (view, None, None, 1e-5, None, None))
+        fake = module._layer_norm_fake(view, None, None, 1e-5, None, None)
+        for run in RUNS.values():
+            out = run(view)
+            assert (out.shape, out.stride()) == (fake.shape, fake.stride())
+
+
 def test_opcheck_and_compile(seed: int) -> None:
     given = make((3, 7, 64), torch.float32, seed)
     x, weight, bias, scale, shift = given.values()

@@ -133,6 +133,17 @@ def test_every_16_bit_number_is_read_and_written_as_pytorch_does(dtype: torch.dt
         assert torch.equal(found.nan_to_num(0.0), expected.nan_to_num(0.0))
 
 
+def test_fake_strides_are_the_real_ones_in_every_implementation(seed: int) -> None:
+    x = torch.randn(2, 3, 5, 30, generator=torch.Generator().manual_seed(seed))
+    for order in ((0, 1, 2, 3), (2, 1, 0, 3), (0, 3, 2, 1), (1, 0, 3, 2)):
+        view = x.permute(order)
+        torch.library.opcheck(torch.ops.heatsink.rms_norm, (view, None, 1e-6))
+        fake = module._rms_norm_fake(view, None, 1e-6)
+        for run in RUNS.values():
+            out = run(view)
+            assert (out.shape, out.stride()) == (fake.shape, fake.stride())
+
+
 def test_opcheck_and_compile(seed: int) -> None:
     given = make((3, 7, 64), torch.float32, seed)
     x, weight = given.values()

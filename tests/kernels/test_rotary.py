@@ -116,6 +116,15 @@ def test_rows_are_exact(run: Run, interleaved: bool, seed: int, row_exact: Any) 
 def test_opcheck_and_compile(interleaved: bool, seed: int) -> None:
     inputs = make((2, 3, 4, 16), torch.float32, seed)
     torch.library.opcheck(torch.ops.heatsink.rotary, (*inputs.values(), interleaved))
+    inside = inputs["x"].permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    torch.library.opcheck(
+        torch.ops.heatsink.rotary, (inside, inputs["cos"], inputs["sin"], interleaved)
+    )
+    for run in (rotary, module._rotary_triton):
+        assert torch.equal(
+            run(inside, inputs["cos"], inputs["sin"], interleaved=interleaved),
+            rotary(**inputs, interleaved=interleaved),
+        )
     compiled = torch.compile(rotary, fullgraph=True, backend="aot_eager")
     expected = rotary(**inputs, interleaved=interleaved)
     assert torch.equal(compiled(**inputs, interleaved=interleaved), expected)
