@@ -12,6 +12,8 @@ from heatsink.kernels._launch import ALIGNMENT, Value, address
 
 MAX_HEAD_DIM = 256
 VAE_HEAD_DIM = 512
+# Strides reach kernels as 32-bit numbers.
+MAX_STRIDE = 2**31
 
 
 def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -89,8 +91,9 @@ def settled(x: Tensor, broadcast: bool = True) -> Tensor:
 
     How a kernel's loads are laid out, and on some architectures its sums with them, follows from
     what Triton knows of addresses and strides. So a last dimension that is not dense, an address
-    off 16 bytes, and strides off `stride_unit` cost a copy, and strides are never specialised.
-    Views of a packed projection and of a batch need none where rows are multiples of 16 bytes.
+    off 16 bytes, and strides off `stride_unit` or of 2^31 elements cost a copy, and strides are
+    never specialised. Views of a packed projection and of a batch need none where rows are
+    multiples of 16 bytes.
 
     Args:
         x: `(..., D)`.
@@ -98,7 +101,9 @@ def settled(x: Tensor, broadcast: bool = True) -> Tensor:
     """
     unit = stride_unit(x)
     steps = list(zip(x.shape[:-1], x.stride()[:-1], strict=True))
-    if broadcast:
+    if any(size > 1 and step >= MAX_STRIDE for size, step in steps):
+        even = False
+    elif broadcast:
         even = all(size == 1 or step % unit == 0 for size, step in steps)
     else:
         even = all(step > 0 and step % unit == 0 for _, step in steps)

@@ -15,6 +15,13 @@ GROUP = tl.constexpr(16)
 
 
 @triton.jit
+def _largest(x, axis: tl.constexpr):
+    # The largest magnitude along an axis; NaN if there is one, which tl.max may pass over.
+    bad = tl.max((x != x).to(tl.int32), axis)
+    return tl.where(bad > 0, float("nan"), tl.max(tl.abs(x), axis))
+
+
+@triton.jit
 def _over_chunks(ptr, index, chunks, WIDTH: tl.constexpr, PEAK: tl.constexpr):
     # The sum, or with PEAK the largest, of each column over a head's chunks, in their order.
     offs_c = tl.arange(0, GROUP)
@@ -25,7 +32,8 @@ def _over_chunks(ptr, index, chunks, WIDTH: tl.constexpr, PEAK: tl.constexpr):
         offs = (first + offs_c)[:, None] * WIDTH + offs_d[None, :]
         part = tl.load(ptr + offs, mask=(first + offs_c)[:, None] < chunks, other=0.0)
         if PEAK:
-            total = tl.maximum(total, tl.max(part, 0))
+            part = _largest(part, 0)
+            total = tl.where((part > total) | (part != part), part, total)
         else:
             total += tl.sum(part, 0)
     return total
@@ -78,7 +86,7 @@ def _attention_fp8_stats_kernel(
         v_ptr = at(v_ptr, stride_vb * UNIT, stride_vh * UNIT, index // heads, index % heads)
         v_ptr += first * stride_vn * UNIT
         v = load_tile(v_ptr, stride_vn * UNIT, 1, seq - start, CHUNK, 0, WIDTH, HEAD_DIM, True)
-        tl.store(peaks_ptr + out, tl.max(tl.abs(v.to(tl.float32)), 0))
+        tl.store(peaks_ptr + out, _largest(v.to(tl.float32), 0))
 
 
 @triton.jit
@@ -148,13 +156,13 @@ def _attention_fp8_rows_kernel(
     if KEYS:
         x -= _over_chunks(sums_ptr, index, chunks, WIDTH, False)[None, :] / seq
         x = tl.where(offs[:, None] < rows, x, 0.0)
-        top = tl.max(tl.max(tl.abs(x), 1), 0)
+        top = _largest(_largest(x, 1), 0)
         x, unit = _rounded(x, top, PURE, EMULATE)
         tl.store(scale_ptr + place, unit)
     else:
-        top = tl.max(tl.abs(x), 1)
+        top = _largest(x, 1)
         x, unit = _rounded(x, top[:, None], PURE, EMULATE)
-        tl.store(scale_ptr + place * BLOCK + offs, tl.max(unit, 1) * factor)
+        tl.store(scale_ptr + place * BLOCK + offs, tl.sum(unit, 1) * factor)
     out_ptr += place * BLOCK * WIDTH
     store_tile(out_ptr, x, WIDTH, BLOCK, BLOCK, 0, WIDTH, WIDTH)
 

@@ -140,6 +140,19 @@ def test_zeros(run_as: str, pure: bool) -> None:
     assert torch.allclose(RUNS[run_as](zero, zero, ones, pure=pure), ones, atol=2**-9)
 
 
+@ALL
+@PURE
+@pytest.mark.parametrize("where", [0, 1, 2], ids="qkv")
+def test_a_value_that_is_no_number_shows(run_as: str, pure: bool, where: int, seed: int) -> None:
+    """In its own query's output if it is in q, in every query's of its head if in k or v."""
+    tensors = [x.clone() for x in packed((2, 20, 37, 2, 16), torch.bfloat16, seed)]
+    tensors[where][1, 3, 0, 5] = float("nan")
+    bad = RUNS[run_as](*tensors, pure=pure).isnan().any(-1)
+    expected = torch.zeros(2, 20, 2, dtype=torch.bool)
+    expected[1, 3 if where == 0 else slice(None), 0] = True
+    assert torch.equal(bad, expected)
+
+
 def test_empty() -> None:
     x = torch.ones(2, 3, 1, 8, dtype=torch.float16)
     assert attention_fp8(x[:0], x[:0], x[:0]).shape == (0, 3, 1, 8)

@@ -124,3 +124,12 @@ def test_parts() -> None:
     for size in range(1, 257):
         for least in (16, 32):
             assert sum(parts(size, 1, least)) >= size
+
+
+def test_a_stride_beyond_32_bits_costs_a_copy() -> None:
+    # Nothing is read: the memory that these strides span is not there.
+    x = torch.empty(0, dtype=torch.float16, device="meta").new_empty(1).expand(2, 16, 1, 16)
+    far = torch.as_strided(x, (2, 16, 1, 16), (2**31, 16, 16, 1))
+    near = torch.as_strided(x, (2, 16, 1, 16), (2**31 - 16, 16, 16, 1))
+    assert settled(near) is near
+    assert settled(far).stride() == (256, 16, 16, 1)
