@@ -21,7 +21,7 @@ from torch import Tensor
 from heatsink.kernels._config import Config, Key, Target, lookup, target_of
 from heatsink.kernels._launch import Launch, run
 from heatsink.kernels._op import Case, Inputs, Op
-from heatsink.kernels.errors import MissingConfig, MissingDevice
+from heatsink.kernels.errors import DeviceLost, MissingConfig, MissingDevice
 from heatsink.kernels.timing import Spread, Timed, interleaved
 from heatsink.kernels.tuning_gate import check, check_device, failures, one_line, tensors
 
@@ -244,6 +244,8 @@ class _Trial:
         choice = self.choice
         try:
             outcomes = self._finals(finalists)
+        except DeviceLost:
+            raise
         except failures() as error:
             choice.error = f"the default configuration: {one_line(error)}"
             return
