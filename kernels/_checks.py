@@ -66,6 +66,14 @@ def _raise_fault(tensors: Mapping[str, Tensor | None], dtypes: tuple[torch.dtype
             )
 
 
+def check_eps(eps: float) -> None:
+    """Raise unless `eps` is a positive number that fp32 holds."""
+    if not isinstance(eps, int | float) or isinstance(eps, bool):
+        raise TypeError(f"eps: expected a number, got {type(eps).__name__}")
+    if not 0 < eps < 2**128:
+        raise ValueError(f"eps: expected a positive number below 2^128, got {eps}")
+
+
 def check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
     """Raise ValueError unless `x` has exactly `shape`."""
     if x.shape != shape:

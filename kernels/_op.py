@@ -22,10 +22,12 @@ class Case:
     Attributes:
         name: such as `sd15-self-64-fp16`; unique for the op.
         make: the public function's keyword arguments on a device (`meta`: without values).
+        timed: whether it is tuned and benchmarked; all are compiled ahead of time.
     """
 
     name: str
     make: Callable[[torch.device], Inputs]
+    timed: bool = True
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,8 @@ class Op:
         name: the public function's, and the op's in `torch.ops.heatsink`.
         public: the public function.
         kernels: every Triton kernel that it may launch.
-        cases: its real uses; the first is what CI compiles, so it must reach every kernel
-            together with those listed in `smoke`.
+        cases: its real uses, those of whole models among them; the first is what CI compiles, so
+            it must reach every kernel together with those listed in `smoke`.
         key: per-row dimensions that its configuration depends on, from the inputs.
         plan: `(config, inputs) -> (outputs, launches)`; allocates outputs and scratch.
         space: configurations worth trying, for a key and an architecture.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from heatsink.kernels._checks import check_eps
 from heatsink.kernels._launch import ALIGNMENT
 
 # Values of a row that fit in a program's registers.
@@ -21,6 +22,7 @@ def check_rows(x: Tensor, eps: float) -> int:
     """The rows' width.
 
     Raises:
+        TypeError: if `eps` is no number.
         ValueError: unless rows of `x` can be normalised in registers and `eps` is positive.
     """
     shape = x.shape
@@ -29,8 +31,7 @@ def check_rows(x: Tensor, eps: float) -> int:
     width = shape[-1]
     if width > MAX_WIDTH:
         raise ValueError(f"x: expected a last dimension up to {MAX_WIDTH}, got {width}")
-    if not eps > 0:
-        raise ValueError(f"eps: expected a positive number, got {eps}")
+    check_eps(eps)
     return width
 
 

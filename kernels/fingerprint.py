@@ -82,26 +82,28 @@ def fingerprint(x: Tensor) -> Fingerprint:
     memory format, nor on the other rows or the row's place. It says nothing of shape or dtype.
 
     Args:
-        x: `(rows, ...)`, any strides, one of the dtypes above. Gradients do not pass.
+        x: `(rows, ...)`, any strides, one of the dtypes above.
 
     Returns:
         The digest, non-finite count and absolute maximum of each row.
 
     Raises:
         TypeError: if `x` is no tensor or its dtype is not supported.
-        ValueError: if `x` has no dimension, or rows of 2^31 elements or more.
+        ValueError: if `x` has no dimension, rows of 2^31 elements or more, or requires a gradient.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
     if x.dtype not in _FLOATS and x.dtype not in _INTEGERS:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in (*_FLOATS, *_INTEGERS))
         raise TypeError(f"x: expected a dtype among {names}, got {x.dtype}")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError("x: expected no gradient (inference only), got requires_grad")
     if x.dim() == 0:
         raise ValueError("x: expected (rows, ...), got a tensor without dimensions")
     elements = x.shape[1:].numel()
     if elements > MAX_ROW_ELEMENTS:
         raise ValueError(f"x: expected rows of fewer than 2^31 elements, got {elements}")
-    digest, nonfinite, absmax = torch.ops.heatsink.fingerprint(x.detach())
+    digest, nonfinite, absmax = torch.ops.heatsink.fingerprint(x)
     return Fingerprint(digest, nonfinite, absmax)
 
 
@@ -193,8 +195,8 @@ def plan(config: Config, x: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], list
     integers, form = _READ_AS[x.dtype]
     _, infinity, quiet_nan = _FLOATS.get(x.dtype, (None, 0, 0))
     x = (x if inside or _row_contiguous(x) else x.contiguous()).view(integers)
-    # Rows share keys; sums of integers do not show how many did.
-    together = min(config["ROWS"], 1 << max(rows - 1, 0).bit_length())
+    # Rows share keys: as many whatever the batch, so that one binary serves every batch.
+    together = config["ROWS"]
     tiles = -(-count // (config["BLOCK"] * config["STEPS"]))
     launch = Launch(
         KERNEL,

@@ -60,7 +60,8 @@ def plan(config: Config, x: Tensor) -> tuple[Tensor, list[Launch]]:
     block_r, block_w = config["BLOCK_R"], config["BLOCK_W"]
     launch = Launch(
         KERNEL,
-        grid=(-(-rows // block_r), -(-width // block_w), 1),
+        # Along x alone: y ends at 65,535.
+        grid=(-(-rows // block_r) * -(-width // block_w), 1, 1),
         args={
             "x_ptr": xs,
             "out_ptr": outs,
@@ -113,6 +114,7 @@ OP = Op(
         _case("sdxl-1024x5120-fp16", (2, 1024, 2 * 5120), torch.float16),
         _case("sdxl-4096x2560-fp16", (2, 4096, 2 * 2560), torch.float16),
         _case("sd15-4096x1280-bf16", (2, 4096, 2 * 1280), torch.bfloat16),
+        _case("sd15-4096x1280-fp16", (2, 4096, 2 * 1280), torch.float16),
         _case("sd15-1024x2560-fp16", (2, 1024, 2 * 2560), torch.float16),
         _case("bundled-64x256-fp32", (2, 64, 2 * 256), torch.float32),
     ),

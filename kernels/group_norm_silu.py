@@ -29,10 +29,11 @@ import torch
 from torch import Tensor
 
 from heatsink.kernels import _native
-from heatsink.kernels._checks import FLOATS, check_shape, check_tensors, short
+from heatsink.kernels._checks import FLOATS, check_eps, check_shape, check_tensors, short
 from heatsink.kernels._config import Config, Key, lookup, target_of
+from heatsink.kernels._group_norm_cases import CASES
 from heatsink.kernels._launch import Kernel, Launch, Value, run
-from heatsink.kernels._op import Case, Inputs, Op, normal
+from heatsink.kernels._op import Op
 from heatsink.kernels._pixels import as_pixels, empty_like_pixels, group_norm_torch
 from heatsink.kernels._rows import power_of_two, settled, settled_or_none
 
@@ -47,6 +48,8 @@ APPLY = Kernel("group_norm_apply", module="group_norm_silu", plain=("pixels",))
 
 # Channels side by side that a program of the one-launch path takes, where groups are narrow.
 _LINE = 32
+# Values that a program of the chunked path's second launch holds; more would not fit in registers.
+_TILE = 4096
 
 
 def group_norm_silu(
@@ -90,8 +93,7 @@ def group_norm_silu(
         raise TypeError(f"groups: expected an integer, got {type(groups).__name__}")
     if groups < 1 or channels % groups:
         raise ValueError(f"groups: expected a divisor of {channels} channels, got {groups}")
-    if not eps > 0:
-        raise ValueError(f"eps: expected a positive number, got {eps}")
+    check_eps(eps)
     if weight is not None:
         check_shape("weight", weight, (channels,))
     if bias is not None:
@@ -228,27 +230,7 @@ def _chunked(
         constants={"CHUNK": config["CHUNK"], **block},
         warps=config["warps"],
     )
-    of_groups: dict[str, Value] = {"groups": groups, "group_size": channels // groups}
-    finish = Launch(
-        FINISH,
-        grid=(samples * groups, 1, 1),
-        args={
-            **partial,
-            **given,
-            "coefficients_ptr": coefficients,
-            **sizes,
-            "chunks": chunks,
-            **of_groups,
-            **tail,
-        },
-        constants={
-            "CHUNK": config["CHUNK"],
-            "BLOCK_K": min(config["BLOCK_K"], power_of_two(chunks)),
-            "BLOCK_C": power_of_two(channels // groups),
-        },
-        warps=4,
-        stages=1,
-    )
+    given = {**partial, **given, "coefficients_ptr": coefficients, **sizes, "chunks": chunks}
     apply = Launch(
         APPLY,
         grid=(samples * tiles * blocks, 1, 1),
@@ -257,7 +239,30 @@ def _chunked(
         warps=config["warps"],
         stages=1,
     )
-    return [moments, finish, apply]
+    return [moments, _finish(config, samples, groups, chunks, channels, given, tail), apply]
+
+
+def _finish(
+    config: Config,
+    samples: int,
+    groups: int,
+    chunks: int,
+    channels: int,
+    given: dict[str, Value],
+    tail: dict[str, Value],
+) -> Launch:
+    """From chunks' moments to coefficients: a program a group, which holds a tile of chunks."""
+    group_size = channels // groups
+    wide = power_of_two(group_size)
+    together = min(config["BLOCK_K"], power_of_two(chunks), max(1, _TILE // wide))
+    return Launch(
+        FINISH,
+        grid=(samples * groups, 1, 1),
+        args={**given, "groups": groups, "group_size": group_size, **tail},
+        constants={"CHUNK": config["CHUNK"], "BLOCK_K": together, "BLOCK_C": wide},
+        warps=min(32, max(4, wide // 1024)),
+        stages=1,
+    )
 
 
 def _group_norm_silu_triton(
@@ -302,25 +307,6 @@ torch.library.register_fake("heatsink::group_norm_silu", _group_norm_silu_fake)
 _native.load()
 
 
-def _case(
-    name: str, shape: tuple[int, int, int, int], groups: int, dtype: torch.dtype, modulated: bool
-) -> Case:
-    def make(device: torch.device) -> Inputs:
-        samples, channels, height, width = shape
-        inputs: Inputs = {
-            "x": normal((samples, height, width, channels), dtype, device, 1).permute(0, 3, 1, 2),
-            "groups": groups,
-            "weight": normal((channels,), dtype, device, 2),
-            "bias": normal((channels,), dtype, device, 3),
-        }
-        if modulated:
-            both = normal((samples, 2 * channels), dtype, device, 4)
-            inputs["scale"], inputs["shift"] = both.chunk(2, dim=1)
-        return inputs
-
-    return Case(name, make)
-
-
 def _space(key: Key, arch: int) -> list[Config]:
     whole = [{"WHOLE": 1, "warps": n} for n in (4, 8, 16, 32)]
     chunked = [
@@ -335,28 +321,11 @@ def _space(key: Key, arch: int) -> list[Config]:
     return [*whole, *chunked] if tile <= 32768 else chunked
 
 
-_F16, _BF16, _F32 = torch.float16, torch.bfloat16, torch.float32
-
 OP = Op(
     name="group_norm_silu",
     public=group_norm_silu,
     kernels=(WHOLE, MOMENTS, FINISH, APPLY),
-    cases=(
-        _case("sd15-320x64x64-fp16", (2, 320, 64, 64), 32, _F16, False),
-        _case("sd15-1280x16x16-fp16", (2, 1280, 16, 16), 32, _F16, False),
-        _case("sd15-640x32x32-fp16", (2, 640, 32, 32), 32, _F16, False),
-        _case("sd15-2560x8x8-fp16", (2, 2560, 8, 8), 32, _F16, False),
-        _case("sd15-2560x16x16-bf16", (2, 2560, 16, 16), 32, _BF16, False),
-        _case("sdxl-320x128x128-fp16", (2, 320, 128, 128), 32, _F16, False),
-        _case("sdxl-640x64x64-fp16", (2, 640, 64, 64), 32, _F16, False),
-        _case("sdxl-1280x32x32-bf16", (2, 1280, 32, 32), 32, _BF16, False),
-        _case("sdxl-1920x64x64-fp16", (2, 1920, 64, 64), 32, _F16, False),
-        _case("vae-512x64x64-fp16", (1, 512, 64, 64), 32, _F16, False),
-        _case("vae-256x512x512-fp16", (1, 256, 512, 512), 32, _F16, False),
-        _case("modulated-640x32x32-fp16", (4, 640, 32, 32), 32, _F16, True),
-        _case("bundled-unet-128x8x8-fp32", (8, 128, 8, 8), 16, _F32, False),
-        _case("bundled-vae-32x64x64-fp32", (8, 32, 64, 64), 8, _F32, False),
-    ),
+    cases=CASES,
     key=key,
     plan=plan,
     space=_space,

@@ -57,7 +57,7 @@ def layer_norm(
         `(..., C)`, contiguous, of the same dtype.
 
     Raises:
-        TypeError: if an argument is no tensor or its dtype is another.
+        TypeError: if an argument is of the wrong type or dtype.
         ValueError: if shapes or devices differ, C is too large, `eps` is not positive or a
             gradient is required.
     """
@@ -212,6 +212,7 @@ OP = Op(
         _case("sdxl-4096x640-fp16", (2, 4096, 640), torch.float16),
         _case("sdxl-1024x1280-bf16", (2, 1024, 1280), torch.bfloat16),
         _case("sd15-256x1280-fp16", (2, 256, 1280), torch.float16),
+        _case("text-77x768-fp16", (2, 77, 768), torch.float16),
         _case("adaln-4096x1152-bf16", (2, 4096, 1152), torch.bfloat16, modulated=True),
         _case("adaln-4608x3072-bf16", (1, 4608, 3072), torch.bfloat16, modulated=True),
         _case("bundled-64x128-fp32", (8, 64, 128), torch.float32),

@@ -190,9 +190,12 @@ def normal(keys: Tensor, steps: Tensor, purpose: int, count: int) -> Tensor:
         `(rows, count)` float32, contiguous.
 
     Raises:
+        TypeError: if `keys` or `steps` is no tensor, or `purpose` or `count` no integer.
         ValueError: if a shape, dtype or device is another, or a number out of range.
     """
     for name, tensor in (("keys", keys), ("steps", steps)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
         if tensor.dtype != torch.int64 or tensor.dim() != 1:
             shape = tuple(tensor.shape)
             raise ValueError(f"{name}: expected (rows,) int64, got {shape} {tensor.dtype}")
@@ -201,6 +204,9 @@ def normal(keys: Tensor, steps: Tensor, purpose: int, count: int) -> Tensor:
             f"steps: expected {tuple(keys.shape)} on {keys.device} like keys, "
             f"got {tuple(steps.shape)} on {steps.device}"
         )
+    for name, number in (("purpose", purpose), ("count", count)):
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise TypeError(f"{name}: expected an integer, got {type(number).__name__}")
     if not 0 <= purpose < 2**32:
         raise ValueError(f"purpose: expected an integer in [0, 2^32), got {purpose}")
     if count < 0:

@@ -46,7 +46,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-6) -> T
         `(..., C)`, contiguous, of the same dtype.
 
     Raises:
-        TypeError: if an argument is no tensor or its dtype is another.
+        TypeError: if an argument is of the wrong type or dtype.
         ValueError: if shapes or devices differ, C is too large, `eps` is not positive or a
             gradient is required.
     """

@@ -64,7 +64,8 @@ def plan(config: Config, gate: Tensor, up: Tensor) -> tuple[Tensor, list[Launch]
     block_r, block_w = config["BLOCK_R"], config["BLOCK_W"]
     launch = Launch(
         KERNEL,
-        grid=(-(-rows // block_r), -(-width // block_w), 1),
+        # Along x alone: y ends at 65,535.
+        grid=(-(-rows // block_r) * -(-width // block_w), 1, 1),
         args={
             "gate_ptr": gates,
             "up_ptr": ups,

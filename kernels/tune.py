@@ -94,7 +94,7 @@ def groups(ops: Iterable[Op], target: Target) -> tuple[list[Group], list[str]]:
             left_out.append(f"{op.name}: no kernel for sm_{target.arch}")
             continue
         by_key: dict[tuple[tuple[str, int | str], ...], list[Case]] = {}
-        for case in op.cases:
+        for case in (case for case in op.cases if case.timed):
             key = op.key(**case.make(torch.device("meta")))
             by_key.setdefault(tuple(sorted(key.items())), []).append(case)
         for items, cases in by_key.items():

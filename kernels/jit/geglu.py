@@ -19,8 +19,9 @@ def _geglu_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    offs_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    offs_w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    blocks = tl.cdiv(width, BLOCK_W)
+    offs_r = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_w = tl.program_id(0) % blocks * BLOCK_W + tl.arange(0, BLOCK_W)
     mask = (offs_r[:, None] < rows) & (offs_w[None, :] < width)
     x_offs = offs_r[:, None] * stride_xr + offs_w[None, :]
     hidden = tl.load(x_ptr + x_offs, mask=mask, other=0.0).to(tl.float32)

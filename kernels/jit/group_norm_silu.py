@@ -155,7 +155,7 @@ def _group_norm_finish_kernel(
     mask_c = local < group_size
     offs_k = tl.arange(0, BLOCK_K)
     first = n * chunks * channels
-    count = (pixels * group_size).to(tl.float32)
+    count = (pixels.to(tl.int64) * group_size).to(tl.float32)
 
     # Measured from one of the means, so that their sum does not outgrow what tells them apart.
     origin = tl.load(mean_ptr + first + tl.program_id(0) % groups * group_size)

@@ -19,8 +19,9 @@ def _silu_mul_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    offs_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    offs_w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    blocks = tl.cdiv(width, BLOCK_W)
+    offs_r = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_w = tl.program_id(0) % blocks * BLOCK_W + tl.arange(0, BLOCK_W)
     mask = (offs_r[:, None] < rows) & (offs_w[None, :] < width)
     gate_offs = offs_r[:, None] * stride_gr + offs_w[None, :]
     up_offs = offs_r[:, None] * stride_ur + offs_w[None, :]

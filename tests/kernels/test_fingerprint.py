@@ -11,6 +11,7 @@ from torch import Tensor
 
 from heatsink.kernels import _launch as launch
 from heatsink.kernels import _native, reference
+from heatsink.kernels._config import lookup, target_of
 from heatsink.kernels.fingerprint import Fingerprint, fingerprint
 
 module = import_module("heatsink.kernels.fingerprint")
@@ -322,11 +323,24 @@ def test_errors() -> None:
         fingerprint(huge)
 
 
-def test_gradients_do_not_pass() -> None:
+def test_gradients_are_refused_where_they_are_taken() -> None:
     x = torch.ones(2, 3, requires_grad=True)
-    result = fingerprint(x)
-    assert not any(part.requires_grad for part in result)
-    assert_same(result, fingerprint(x.detach()))
+    with pytest.raises(ValueError, match="x: expected no gradient"):
+        fingerprint(x)
+    with torch.no_grad():
+        assert_same(fingerprint(x), fingerprint(x.detach()))
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["dense", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_one_binary_serves_every_batch(dtype: torch.dtype, inside: bool) -> None:
+    keys = set()
+    for rows in range(1, 18):
+        x = torch.empty(rows, 64, 8, 8, dtype=dtype, device="meta")
+        x = x.contiguous(memory_format=torch.channels_last) if inside else x
+        config = lookup("fingerprint", module.key(x), target_of(x.device))
+        keys |= {launch.key() for launch in module.plan(config, x)[1]}
+    assert len(keys) == 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)

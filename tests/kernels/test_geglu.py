@@ -102,6 +102,12 @@ def test_gelu_does_not_depend_on_the_place(seed: int) -> None:
     assert torch.equal(gelu(x), torch.cat([gelu(element[None]) for element in x]))
 
 
+def test_rows_wider_than_the_second_axis_of_a_grid() -> None:
+    x = torch.empty(3, 2**28, dtype=torch.float16, device="meta")
+    (launch,) = module.plan({"BLOCK_R": 2, "BLOCK_W": 1024, "warps": 4}, x)[1]
+    assert launch.grid == (2 * 2**17, 1, 1)
+
+
 def test_opcheck_and_compile(seed: int) -> None:
     x = make((3, 7, 64), torch.float32, seed)
     torch.library.opcheck(torch.ops.heatsink.geglu, (x,))

@@ -246,6 +246,17 @@ def test_one_binary_wherever_a_sample_lies(channels: int, whole: int, seed: int)
         assert keys(shared | rows | {"x": x}) == expected
 
 
+@pytest.mark.parametrize("groups", [1, 2, 4, 32])
+@pytest.mark.parametrize("channels", [32, 640, 2560])
+def test_the_tile_of_the_second_launch_is_bounded(channels: int, groups: int) -> None:
+    x = torch.empty((1, channels, 512, 512), device="meta", dtype=torch.float16)
+    config = lookup("group_norm_silu", module.key(x, groups), target_of(x.device))
+    _, finish, _ = module.plan(config, x, groups)[1]
+    tile = finish.constants["BLOCK_K"] * finish.constants["BLOCK_C"]
+    assert tile <= max(4096, finish.constants["BLOCK_C"])
+    assert tile <= 32 * 32 * finish.warps
+
+
 def test_pixels_too_far_apart_for_32_bits_are_moved_together() -> None:
     # No machine has this tensor: the meta device lends its strides.
     x = torch.empty_strided((1, 40, 1, 3), (2**33, 1, 2**33, 2**30), device="meta")
@@ -315,8 +326,10 @@ X = torch.ones(2, 6, 3, 3)
         ({"groups": 4}, ValueError, "groups: expected a divisor of 6 channels, got 4"),
         ({"groups": 0}, ValueError, "groups: expected a divisor of 6 channels, got 0"),
         ({"groups": 2.0}, TypeError, "groups: expected an integer, got float"),
-        ({"eps": 0.0}, ValueError, "eps: expected a positive number, got 0.0"),
-        ({"eps": float("nan")}, ValueError, "eps: expected a positive number, got nan"),
+        ({"eps": 0.0}, ValueError, "eps: expected a positive number below .* got 0.0"),
+        ({"eps": "a"}, TypeError, "eps: expected a number, got str"),
+        ({"eps": float("inf")}, ValueError, "eps: expected a positive number below .* got inf"),
+        ({"eps": float("nan")}, ValueError, "eps: expected a positive number below .* got nan"),
         ({"weight": torch.ones(5)}, ValueError, r"weight: expected shape \(6,\), got \(5,\)"),
         ({"bias": torch.ones(6).half()}, TypeError, "bias: expected torch.float32 like x"),
         ({"scale": torch.ones(6)}, ValueError, r"scale: expected shape \(2, 6\), got \(6,\)"),

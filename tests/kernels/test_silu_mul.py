@@ -90,6 +90,12 @@ def test_strides_do_not_matter(seed: int) -> None:
         assert torch.equal(run(gate[::2], up[::2]), expected[::2])
 
 
+def test_rows_wider_than_the_second_axis_of_a_grid() -> None:
+    gate = torch.empty(3, 2**27, dtype=torch.float16, device="meta")
+    (launch,) = module.plan({"BLOCK_R": 2, "BLOCK_W": 1024, "warps": 4}, gate, gate)[1]
+    assert launch.grid == (2 * 2**17, 1, 1)
+
+
 def test_opcheck_and_compile(seed: int) -> None:
     gate, up = packed((3, 7, 64), torch.float32, seed)
     torch.library.opcheck(torch.ops.heatsink.silu_mul, (gate, up))

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -277,6 +278,22 @@ def test_bad_rows() -> None:
         kernel.normal(int64(1), int64(1), 0, -1)
     with pytest.raises(ValueError, match=r"purpose: expected an integer in \[0, 2\^32\), got -1"):
         kernel.normal(int64(1), int64(1), -1, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("keys", "a", "keys: expected a tensor, got str"),
+        ("steps", [1], "steps: expected a tensor, got list"),
+        ("purpose", 1.5, "purpose: expected an integer, got float"),
+        ("count", "4", "count: expected an integer, got str"),
+        ("count", True, "count: expected an integer, got bool"),
+    ],
+)
+def test_what_is_no_tensor_or_integer(name: str, value: Any, message: str) -> None:
+    given: dict[str, Any] = {"keys": int64(1), "steps": int64(1), "purpose": 0, "count": 4}
+    with pytest.raises(TypeError, match=message):
+        kernel.normal(**{**given, name: value})
 
 
 def test_opcheck() -> None:
