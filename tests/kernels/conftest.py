@@ -13,8 +13,9 @@ from torch import Tensor
 EPS = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7, torch.float32: 2.0**-23}
 EVERY = tuple(range(1, 18))
 # Under the interpreter, which takes milliseconds a program: samples alone, even and odd many, and
-# one beyond 16. Kernels know the batch only as a count of rows that masks the last program, so these
-# reach a program of up to 16 rows full, with one row, and in between; test_gpu_rows.py has every.
+# one beyond 16. Kernels know the batch only as a count of rows that masks the last program, so
+# these reach a program of up to 16 rows full, with one row, and in between; test_gpu_rows.py has
+# every batch.
 FEW = (1, 2, 3, 5, 8, 17)
 
 Rows = dict[str, Any]
