@@ -260,7 +260,7 @@ def _finish(
         grid=(samples * groups, 1, 1),
         args={**given, "groups": groups, "group_size": group_size, **tail},
         constants={"CHUNK": config["CHUNK"], "BLOCK_K": together, "BLOCK_C": wide},
-        warps=min(32, max(4, wide // 1024)),
+        warps=min(32, max(4, wide // 512)),
         stages=1,
     )
 

@@ -24,6 +24,8 @@ from heatsink.kernels._op import Case, Inputs
 CONFIGS = Path(heatsink.runtime.__file__).parent / "configs"
 META = torch.device("meta")
 OPS = catalog.ops()
+WEIGHTS = ("weight", "bias")
+F16, F32 = torch.float16, torch.float32
 # Of a call: op, shape of its input, and what else decides: groups and SiLU.
 Call = tuple[str, tuple[int, ...], int, bool]
 
@@ -117,9 +119,6 @@ def inputs(call: Call, dtype: torch.dtype, packed: bool) -> Inputs:
     return {"x": x.movedim(-1, 1), "groups": groups, "silu": silu, **parameters}
 
 
-WEIGHTS = ("weight", "bias")
-
-
 @cache
 def compiled(op: str, arch: int) -> set[str]:
     """The keys of all launches of an op's cases."""
@@ -127,7 +126,8 @@ def compiled(op: str, arch: int) -> set[str]:
     return {launch.key() for found in launches for launch in found}
 
 
-F16, F32 = torch.float16, torch.float32
+def case_of(call: Call, dtype: torch.dtype, packed: bool) -> Case:
+    return Case(str(call), lambda device: inputs(call, dtype, packed))
 
 
 @pytest.mark.parametrize("model", ["sd1", "sdxl"])
@@ -151,13 +151,9 @@ def test_a_models_launches_are_compiled_ahead_of_time(model: str, part: str) -> 
     missing = {
         (call, arch, launch.kernel.name)
         for call in calls
-        for arch in ARCHS
         for packed in (False, call[2] > 0)
-        for launch in aot.launches_of(
-            OPS[call[0]],
-            Case("", lambda _, c=call, p=packed: inputs(c, dtype, p)),
-            arch,  # type: ignore[misc]
-        )
+        for arch in ARCHS
+        for launch in aot.launches_of(OPS[call[0]], case_of(call, dtype, packed), arch)
         if launch.key() not in compiled(call[0], arch)
     }
     assert not missing

@@ -57,7 +57,7 @@ def test_rows_are_exact(run: Run, seed: int, row_exact: Any) -> None:
         gate, up = packed((batch, 3, 77), torch.float32, seed + batch)
         return {"gate": gate, "up": up}
 
-    row_exact(run, make, rows=("gate", "up"))
+    row_exact(run, make, rows=("gate", "up"), interpreted=run is module._silu_mul_triton)
 
 
 def test_large_values_do_not_overflow(seed: int) -> None:
