@@ -44,7 +44,8 @@ from heatsink.kernels._op import Case, Inputs, Op, normal
 
 # Never specialised: one binary reads every place in a batch, alone or packed.
 _PLAIN = ("heads", "seq_q", "seq_k") + tuple(
-    f"stride_{of}" for of in ("qb", "qh", "qm", "kb", "kh", "kn", "vb", "vh", "vn", "bb", "bh", "bm")
+    f"stride_{of}"
+    for of in ("qb", "qh", "qm", "kb", "kh", "kn", "vb", "vh", "vn", "bb", "bh", "bm")
 )
 KERNEL = Kernel("attention", module="attention", plain=(*_PLAIN, "batches"), scratch=True)
 WHOLE = Kernel("attention_whole", module="attention_whole", plain=_PLAIN)
@@ -149,9 +150,7 @@ def plan(
         args["batches"] = batch
         kernel, tiles = KERNEL, blocks * heads * batch
         tiles = min(tiles, config["PROGRAMS"] or tiles)
-    return out, [
-        Launch(kernel, (tiles, 1, 1), args, constants, config["warps"], config["stages"])
-    ]
+    return out, [Launch(kernel, (tiles, 1, 1), args, constants, config["warps"], config["stages"])]
 
 
 def _args(

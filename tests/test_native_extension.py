@@ -145,3 +145,7 @@ def test_build_with_an_old_torch(checkout: Path) -> None:
     assert "PyTorch 2.9.1+cpu is older than 2.11" in _build(
         checkout, before=old, HEATSINK_NO_EXT="0"
     )
+
+
+def test_the_implementation_is_said() -> None:
+    assert _native.describe().startswith("C++" if _native.available() else "PyTorch (")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from heatsink.kernels import _launch as launch
-from heatsink.kernels import _native, reference
+from heatsink.kernels import reference
 from heatsink.kernels._config import lookup, target_of
 from heatsink.kernels.fingerprint import Fingerprint, fingerprint
 
@@ -396,7 +396,3 @@ def test_in_a_cuda_graph(seed: int) -> None:
         # Twice: a replay must start from 0.
         graph.replay()
         assert_same(result, expected)
-
-
-def test_the_implementation_is_said() -> None:
-    assert _native.describe().startswith("C++" if _native.available() else "PyTorch (")
