@@ -43,10 +43,8 @@ from heatsink.kernels._launch import Kernel, Launch, Value, run
 from heatsink.kernels._op import Case, Inputs, Op, normal
 
 # Never specialised: one binary reads every place in a batch, alone or packed.
-_PLAIN = ("heads", "seq_q", "seq_k") + tuple(
-    f"stride_{of}"
-    for of in ("qb", "qh", "qm", "kb", "kh", "kn", "vb", "vh", "vn", "bb", "bh", "bm")
-)
+_STRIDES = ("qb", "qh", "qm", "kb", "kh", "kn", "vb", "vh", "vn", "bb", "bh", "bm")
+_PLAIN = ("heads", "seq_q", "seq_k", *(f"stride_{of}" for of in _STRIDES))
 KERNEL = Kernel("attention", module="attention", plain=(*_PLAIN, "batches"), scratch=True)
 WHOLE = Kernel("attention_whole", module="attention_whole", plain=_PLAIN)
 
