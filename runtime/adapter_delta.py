@@ -32,6 +32,7 @@ class AdapterDelta:
         a: `(r, in)`, or `(r, in, kh, kw)` for a convolution.
         b: `(out, r)`, for a convolution too.
         scale: alpha / r (1 where the file gives no alpha).
+        magnitude: of DoRA, `(out,)`, the length of every row of the adapted weight; else None.
     """
 
     component: str
@@ -39,6 +40,7 @@ class AdapterDelta:
     a: Tensor
     b: Tensor
     scale: float = 1.0
+    magnitude: Tensor | None = None
 
     @property
     def rank(self) -> int:
