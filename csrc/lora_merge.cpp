@@ -75,6 +75,7 @@ struct Order {
       step *= x.size(d);
       last_step *= d > 1 ? x.size(d) : 1;
     }
+    dense = dense || x.numel() == 0;
     channels_last = channels_last && x.dim() > 2 && !dense;
   }
 };

@@ -2,15 +2,15 @@
 
 All are int64, in one buffer that travels to the device once. A row of them is
 - of a weight: addresses of base and out, rows, columns, first and last term, 0, 0;
-- of a term: addresses of a, b and magnitude, where its gains begin, rank, row, step, count, form, the
-  dtypes of a and b, `inner` and `pixels` (the weight's column n is A's column n % inner * pixels + n
-  // inner), the scale's bits, magnitude's dtype, 0;
+- of a term: addresses of a, b and magnitude, where its gains begin, rank, row, step, count, form,
+  the dtypes of a and b, `inner` and `pixels` (the weight's column n is A's column
+  n % inner * pixels + n // inner), the scale's bits, magnitude's dtype, 0;
 - a strip: weight, block of rows, block of columns, packed. A program works on one.
 
 Weights are of classes, each of which has a binary and a launch of its own: so that a row's bits do
 not depend on what else is merged, and what is rare does not slow down what is common. A model's
-adapter is of one class as a rule: even (rows and addresses begin at multiples of 16, so that vectors
-may be read), fp16 or bf16 throughout, no magnitudes.
+adapter is of one class as a rule: even (rows and addresses begin at multiples of 16, so that
+vectors may be read), fp16 or bf16 throughout, no magnitudes.
 """
 
 from __future__ import annotations
@@ -164,7 +164,10 @@ class MergeTables:
                     "strips_ptr": tables[2 + i],
                     "gains_ptr": gains,
                 },
-                constants={**self._constants(int(found[i]), config), "UPCAST": device.type == "cpu"},
+                constants={
+                    **self._constants(int(found[i]), config),
+                    "UPCAST": device.type == "cpu",
+                },
                 warps=config["warps"],
                 stages=config["stages"],
                 kept=(self._base, self._out, terms.kept),
@@ -174,12 +177,13 @@ class MergeTables:
 
     def _constants(self, kind: int, config: Config) -> dict[str, Any]:
         even, form, gains = kind // 6, kind // 2 % 3, kind % 2
-        names = ("COLUMNS", "BLOCK_M", "BLOCK_N", "BLOCK_K")
+        names = ("COLUMNS", "BLOCK_N", "BLOCK_K")
         return {
             "DTYPE": short(self._base[0].dtype),
             "EVEN_ROWS": bool(even),
             "FORM": _FORMS[form],
             "GAINS": bool(gains),
+            "BLOCK_M": config["ANY_M" if form == _ANYTHING else "BLOCK_M"],
             **{name: config[name] for name in names},
         }
 
@@ -206,9 +210,11 @@ class MergeTables:
 
     def _cut(self, weights: Table, classes: Table, found: Table, config: Config) -> list[Table]:
         """Each class's strips; a row with magnitudes is all in one, for its norm."""
-        height, width = config["BLOCK_M"], config["COLUMNS"]
+        any_form = classes // 2 % 3 == _ANYTHING
+        height = np.where(any_form, config["ANY_M"], config["BLOCK_M"])
+        width = config["COLUMNS"]
         # The same weights as last time are cut in the same way.
-        known = weights[:, 2:4].tobytes() + classes.tobytes() + bytes((height, width // 64))
+        known = b"".join(x.tobytes() for x in (weights[:, 2:4], classes, height, np.array(width)))
         if self._strips[0] != known:
             across = np.where(classes % 2 != 0, 1, -(-weights[:, 3] // width))
             counts = -(-weights[:, 2] // height) * across

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from heatsink.kernels._checks import FLOATS, check_shape, check_tensors
@@ -158,9 +157,7 @@ def _check_place(name: str, term: Term, base: Sequence[Tensor]) -> None:
         )
 
 
-def check_memory(
-    base: Sequence[Tensor], out: Sequence[Tensor], changed: Sequence[int]
-) -> None:
+def check_memory(base: Sequence[Tensor], out: Sequence[Tensor], changed: Sequence[int]) -> None:
     """Check that no weight is written over another, nor over the base of one with terms.
 
     Args:

@@ -44,6 +44,8 @@ class Op:
         plan: `(config, inputs) -> (outputs, launches)`; allocates outputs and scratch.
         space: configurations worth trying, for a key and an architecture.
         smoke: names of the cases that together reach every kernel.
+        outputs: what the public function gave, from its arguments and what it returned; of an op
+            that writes in place.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Op:
     plan: Callable[..., tuple[Any, list[Launch]]]
     space: Callable[[Key, int], list[Config]]
     smoke: tuple[str, ...] = ()
+    outputs: Callable[[Inputs, Any], Any] = lambda inputs, result: result
 
 
 def normal(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:

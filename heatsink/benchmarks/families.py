@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from heatsink.benchmarks import attention, gates, norms, steps
+from heatsink.benchmarks import attention, gates, merges, norms, steps
 from heatsink.benchmarks.family import Family
 
 FAMILIES: dict[str, Family] = {
@@ -10,4 +10,5 @@ FAMILIES: dict[str, Family] = {
     **norms.FAMILIES,
     **gates.FAMILIES,
     **steps.FAMILIES,
+    **merges.FAMILIES,
 }

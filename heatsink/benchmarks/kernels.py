@@ -200,7 +200,7 @@ def _measure_case(
 
 
 def _public(op: Op) -> Callable[[Inputs], Callable[[], Any]]:
-    return lambda inputs: lambda: op.public(**inputs)
+    return lambda inputs: lambda: op.outputs(inputs, op.public(**inputs))
 
 
 def _variants(

@@ -45,7 +45,14 @@ def _bytes(dtype):
 
 @triton.jit
 def _sum_alike(
-    term, place, mask_m, start_n, columns, DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K,
+    term,
+    place,
+    mask_m,
+    start_n,
+    columns,
+    DTYPE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K,
     UPCAST: tl.constexpr,
 ):
     # B A, both of one 16-bit dtype, A's columns even and in the weight's order.
@@ -73,9 +80,7 @@ def _sum_alike(
 
 
 @triton.jit
-def _sum_mixed(
-    term, place, mask_m, start_n, columns, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
-):
+def _sum_mixed(term, place, mask_m, start_n, columns, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     # B A of any dtypes; A's columns may be in another order than the weight's.
     a, b = tl.load(term), tl.load(term + 1)
     rank = tl.load(term + 4).to(tl.int32)
@@ -100,7 +105,14 @@ def _sum_mixed(
 
 @triton.jit
 def _product(
-    term, place, mask_m, start_n, columns, FORM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K,
+    term,
+    place,
+    mask_m,
+    start_n,
+    columns,
+    FORM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K,
     UPCAST,
 ):
     # scale B A of a term, for the rows `place` of B.
@@ -142,8 +154,18 @@ def _tile(address, start_n, rows, columns, DTYPE, EVEN_ROWS, BLOCK_M: tl.constex
 
 @triton.jit
 def _find_gains(
-    weight, terms_ptr, gains_ptr, tile, first_m, DTYPE, EVEN_ROWS, FORM, BLOCK_M: tl.constexpr,
-    BLOCK_N, BLOCK_K, UPCAST,
+    weight,
+    terms_ptr,
+    gains_ptr,
+    tile,
+    first_m,
+    DTYPE,
+    EVEN_ROWS,
+    FORM,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N,
+    BLOCK_K,
+    UPCAST,
 ):
     # Each row's 1 + sum of (gain - 1); the gains themselves go to gains_ptr.
     rows, columns = tl.load(weight + 2).to(tl.int32), tl.load(weight + 3).to(tl.int32)
@@ -203,16 +225,24 @@ def _lora_merge_kernel(
         # The strip has whole rows, for their norms.
         last = columns
         factor = _find_gains(
-            weight, terms_ptr, gains_ptr, base, first_m, KIND, EVEN_ROWS, FORM, BLOCK_M, BLOCK_N,
-            BLOCK_K, UPCAST,
+            weight,
+            terms_ptr,
+            gains_ptr,
+            base,
+            first_m,
+            KIND,
+            EVEN_ROWS,
+            FORM,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            UPCAST,
         )
         # Other threads of the program read the gains.
         tl.debug_barrier()
     offs_m = first_m + tl.arange(0, BLOCK_M)
     for start in range(first, last, BLOCK_N):
-        ptr, mask = _tile(
-            base, start, rows - first_m, columns, KIND, EVEN_ROWS, BLOCK_M, BLOCK_N
-        )
+        ptr, mask = _tile(base, start, rows - first_m, columns, KIND, EVEN_ROWS, BLOCK_M, BLOCK_N)
         pristine = tl.load(ptr, mask, other=0.0)
         delta = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         touched = offs_m < 0
@@ -220,7 +250,7 @@ def _lora_merge_kernel(
             term = terms_ptr + t * TERM_FIELDS
             place, mask_m = _places(term, offs_m, rows)
             part = _product(term, place, mask_m, start, columns, FORM, BLOCK_N, BLOCK_K, UPCAST)
-            if GAINS:
+            if GAINS:  # noqa: SIM102 - known when this is compiled, the other is not
                 if tl.load(term + 2) != 0:
                     gain = tl.load(gains_ptr + tl.load(term + 3) + place, mask_m, other=0.0)
                     part = part * gain[:, None]

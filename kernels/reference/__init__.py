@@ -17,6 +17,9 @@ from heatsink.kernels.reference.gates import (
     geglu,
     silu_mul,
 )
+from heatsink.kernels.reference.merges import (
+    lora_merge,
+)
 from heatsink.kernels.reference.norms import (
     group_norm_silu,
     layer_norm,
@@ -38,6 +41,7 @@ __all__ = [
     "group_norm_silu",
     "guided_step",
     "layer_norm",
+    "lora_merge",
     "noise_word",
     "philox_4x32_10",
     "rms_norm",
