@@ -103,11 +103,13 @@ std::unique_ptr<float[]> panels_of(const Tensor& a, const Order& weight) {
     for (int64_t panel = 0; panel < panels; ++panel) {
       float* to = out.get() + (panel * rank + k) * kPanel;
       const int64_t first = panel * kPanel, count = std::min(kPanel, columns - first);
+      if (!weight.channels_last) {
+        std::copy_n(from + first, count, to);
+        continue;
+      }
       for (int64_t j = 0; j < count; ++j) {
         const int64_t n = first + j;
-        to[j] = weight.channels_last
-                    ? from[n % weight.channels * weight.pixels + n / weight.channels]
-                    : from[n];
+        to[j] = from[n % weight.channels * weight.pixels + n / weight.channels];
       }
     }
   }

@@ -55,12 +55,13 @@ void lora_merge_avx512(const Merge& merge, int64_t begin, int64_t end, float* sc
 
 // Rows that a kernel works on at a time, at the most; what it keeps of a term besides B.
 constexpr int64_t kMostRows = 8;
-constexpr int64_t kSegmentFloats = 6;
+constexpr int64_t kSegmentFloats = 20;
 
 // Floats of scratch that a thread needs for a weight.
 inline int64_t scratch_floats(const MergeWeight& weight) {
   const int64_t terms = weight.last_term - weight.first_term;
-  return terms * kSegmentFloats + kMostRows * (weight.ranks + terms + 1);
+  const int64_t values = (kMostRows + 1) * weight.ranks;
+  return terms * kSegmentFloats + kMostRows * (terms + 1) + values;
 }
 
 }  // namespace heatsink

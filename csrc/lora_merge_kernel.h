@@ -52,29 +52,34 @@ struct Values<I, Element::BFloat16> {
 // past the caches.
 enum class Write { Part, Whole, Stream };
 
-// A term as a group of rows needs it: B's values (rank, rows), with scale and gains.
+// A term as a group of rows needs it: where each row's values of B are, with scale and gain.
 struct Segment {
-  const float *a, *b;
+  const float* a;
+  const float* b[kMostRows];
   int64_t rank;
 };
+static_assert(sizeof(Segment) == kSegmentFloats * sizeof(float));
 
 // Where the thread keeps what it knows of a group of rows.
 struct GroupScratch {
   Segment* segments;
-  float *factor, *gain, *b;
+  float *factor, *gain, *zeros, *b;
 
   GroupScratch(const MergeWeight& weight, float* memory) {
     const int64_t terms = weight.last_term - weight.first_term;
     segments = reinterpret_cast<Segment*>(memory);
     factor = memory + terms * kSegmentFloats;
     gain = factor + kMostRows;
-    b = gain + terms * kMostRows;
+    zeros = gain + terms * kMostRows;
+    b = zeros + weight.ranks;
     for (int64_t i = 0; i < kMostRows; ++i) {
       factor[i] = 1.0f;
     }
+    for (int64_t k = 0; k < weight.ranks; ++k) {
+      zeros[k] = 0.0f;
+    }
   }
 };
-static_assert(sizeof(Segment) == kSegmentFloats * sizeof(float));
 
 // A group of rows: `I::kRows` of them, the last one repeated where there are fewer.
 template <typename I>
@@ -111,17 +116,24 @@ inline int64_t place_in(const MergeTerm& term, int64_t row) {
   return there ? place : -1;
 }
 
-// out[k][i] = B's value k of the group's row i, times the row's gain; 0 where the term has no row.
-// Returns whether it has any.
+// Finds B's rows for the group: zeros where the term has no row. With gains they are multiplied
+// into `b`, which is moved on. Returns whether the term has any of the rows.
 template <typename I>
-bool gather_b(const MergeTerm& term, const Group<I>& group, const float* gain, float* out) {
+bool find_rows(const MergeTerm& term, const Group<I>& group, const GroupScratch& scratch,
+               const float* gain, float*& b, Segment& out) {
   bool any = false;
+  out.a = term.a;
+  out.rank = term.rank;
   for (int64_t i = 0; i < I::kRows; ++i) {
     const int64_t place = place_in(term, group.row[i]);
     any |= place >= 0;
-    const float* b = term.b + place * term.rank;
-    for (int64_t k = 0; k < term.rank; ++k) {
-      out[k * I::kRows + i] = place < 0 ? 0.0f : gain == nullptr ? b[k] : b[k] * gain[i];
+    out.b[i] = place < 0 ? scratch.zeros : term.b + place * term.rank;
+    if (place >= 0 && gain != nullptr) {
+      for (int64_t k = 0; k < term.rank; ++k) {
+        b[k] = out.b[i][k] * gain[i];
+      }
+      out.b[i] = b;
+      b += term.rank;
     }
   }
   return any;
@@ -143,8 +155,14 @@ struct Sums {
     }
   }
 
-  HEATSINK_INLINE void add(const float* a, const float* b, int64_t rank) {
-    for (int64_t k = 0; k < rank; ++k, a += kPanel, b += I::kRows) {
+  HEATSINK_INLINE void add(const Segment& segment, int64_t column) {
+    const int64_t rank = segment.rank;
+    const float* a = segment.a + column / kPanel * rank * kPanel + column % kPanel;
+    const float* b[I::kRows];
+    for (int64_t i = 0; i < I::kRows; ++i) {
+      b[i] = segment.b[i];
+    }
+    for (int64_t k = 0; k < rank; ++k, a += kPanel) {
       typename I::V columns[I::kVectors];
 #pragma GCC unroll 2
       for (int64_t v = 0; v < I::kVectors; ++v) {
@@ -152,7 +170,7 @@ struct Sums {
       }
 #pragma GCC unroll 8
       for (int64_t i = 0; i < I::kRows; ++i) {
-        const typename I::V value = I::splat(b[i]);
+        const typename I::V value = I::splat(b[i][k]);
 #pragma GCC unroll 2
         for (int64_t v = 0; v < I::kVectors; ++v) {
           at[i][v] = I::fma(value, columns[v], at[i][v]);
@@ -161,11 +179,6 @@ struct Sums {
     }
   }
 };
-
-// Where the values of a column, a multiple of a vector's, begin in a term's A.
-HEATSINK_INLINE int64_t panel_start(int64_t column, int64_t rank) {
-  return column / kPanel * rank * kPanel + column % kPanel;
-}
 
 HEATSINK_INLINE int64_t clamped(int64_t count) {
   return count < 0 ? 0 : count > kLanes ? kLanes : count;
@@ -261,14 +274,16 @@ void find_gains(const Merge& merge, const MergeWeight& weight, const Group<I>& g
     if (term.magnitude == nullptr) {
       continue;
     }
-    if (!gather_b<I>(term, group, nullptr, scratch.b)) {
+    Segment segment;
+    float* unused = nullptr;
+    if (!find_rows<I>(term, group, scratch, nullptr, unused, segment)) {
       continue;
     }
     alignas(64) float squares[I::kRows * kLanes] = {};
     for (int64_t column = 0; column < weight.columns; column += I::kVectors * kLanes) {
       Sums<I> sums;
       sums.clear();
-      sums.add(term.a + panel_start(column, term.rank), scratch.b, term.rank);
+      sums.add(segment, column);
       add_squares<I, E>(group, sums, column, weight.columns - column, squares);
     }
     for (int64_t i = 0; i < I::kRows; ++i) {
@@ -290,7 +305,7 @@ void merge_columns(const MergeWeight& weight, const MergeTask& task, const Group
     Sums<I> sums;
     sums.clear();
     for (const Segment* s = scratch.segments; s < end; ++s) {
-      sums.add(s->a + panel_start(column, s->rank), s->b, s->rank);
+      sums.add(*s, column);
     }
     const int64_t left = weight.columns - column;
     if (left >= kStep) {
@@ -313,9 +328,9 @@ void merge_group(const Merge& merge, const MergeWeight& weight, const MergeTask&
   const float* gain = scratch.gain;
   for (int64_t t = weight.first_term; t < weight.last_term; ++t, gain += I::kRows) {
     const MergeTerm& term = merge.terms[t];
-    if (gather_b<I>(term, group, term.magnitude == nullptr ? nullptr : gain, b)) {
-      *end++ = {term.a, b, term.rank};
-      b += term.rank * I::kRows;
+    const float* of_term = term.magnitude == nullptr ? nullptr : gain;
+    if (find_rows<I>(term, group, scratch, of_term, b, *end)) {
+      ++end;
     }
   }
   if (weight.stream) {
