@@ -8,7 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <cstring>
+#include <cstdlib>
 #include <memory>
 #include <vector>
 
@@ -80,24 +80,35 @@ struct Order {
   }
 };
 
+using Floats = std::unique_ptr<float[], decltype(&std::free)>;
+
+// At a multiple of 64 bytes: a vector in two cache lines takes twice as long to read.
+Floats allocate(int64_t count) {
+  const auto bytes = static_cast<size_t>(heatsink::round_up(std::max<int64_t>(count, 1), 16) * 4);
+  auto* memory = static_cast<float*>(std::aligned_alloc(64, bytes));
+  STD_TORCH_CHECK(memory != nullptr, "no memory for ", count, " floats of an adapter");
+  return {memory, std::free};
+}
+
 // A term's matrices as the kernels read them.
 struct Prepared {
-  std::unique_ptr<float[]> a, b, magnitude;
+  Floats a{nullptr, std::free}, b{nullptr, std::free}, magnitude{nullptr, std::free};
 };
 
 // A contiguous tensor in float32.
-std::unique_ptr<float[]> floats(const Tensor& x) {
-  auto out = std::unique_ptr<float[]>(new float[static_cast<size_t>(x.numel())]);
+Floats floats(const Tensor& x) {
+  Floats out = allocate(x.numel());
   read_floats(x.scalar_type(), x.const_data_ptr(), x.numel(), out.get());
   return out;
 }
 
 // A in panels, its columns in the order of the weight's memory.
-std::unique_ptr<float[]> panels_of(const Tensor& a, const Order& weight) {
-  const std::unique_ptr<float[]> values = floats(a);
+Floats panels_of(const Tensor& a, const Order& weight) {
+  const Floats values = floats(a);
   const int64_t rank = rows_of(a), columns = columns_of(a);
   const int64_t panels = (columns + kPanel - 1) / kPanel;
-  auto out = std::unique_ptr<float[]>(new float[static_cast<size_t>(panels * rank * kPanel)]());
+  Floats out = allocate(panels * rank * kPanel);
+  std::fill_n(out.get(), panels * rank * kPanel, 0.0f);
   for (int64_t k = 0; k < rank; ++k) {
     const float* from = values.get() + k * columns;
     for (int64_t panel = 0; panel < panels; ++panel) {
