@@ -40,6 +40,9 @@ from heatsink.kernels._merge_terms import (
 )
 from heatsink.kernels._op import Case, Inputs, Op, normal
 
+# What callers need.
+__all__ = ["KERNEL", "OP", "Term", "key", "lora_merge", "plan"]
+
 KERNEL = Kernel("lora_merge", module="lora_merge")
 
 

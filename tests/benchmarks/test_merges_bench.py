@@ -4,8 +4,8 @@
 
 Raced are one swap, from one adapter to another of rank 16 or 64 on every linear of the attentions:
 ours writes each weight once from the pristine one; PEFT takes the old adapter out and merges the
-new one. And copies of the same weights, which read and write what a swap must. A ratio above 1 means
-that the other takes longer. The whole of Stable Diffusion 1.5 is marked slow.
+new one. And copies of the same weights, which read and write what a swap must. A ratio above 1
+means that the other takes longer. The whole of Stable Diffusion 1.5 is marked slow.
 """
 
 from __future__ import annotations

@@ -419,7 +419,8 @@ SHARED = torch.ones(6, 6)
 
 
 def one(**changes: Any) -> dict[str, Any]:
-    return {"terms": [Term(**({"weight": 0, "a": A, "b": B, "scale": 1.0} | changes))]}
+    given: dict[str, Any] = {"weight": 0, "a": A, "b": B, "scale": 1.0} | changes
+    return {"terms": [Term(**given)]}
 
 
 @pytest.mark.parametrize(
