@@ -115,10 +115,7 @@ def _component(
     strict: bool,
 ) -> Component:
     origins = folder / f"{plan.name}.origins.json"
-    table = {
-        name: [[o.parameter, o.slice, o.transform] for o in parts]
-        for name, parts in onnx.origins.items()
-    }
+    table = {name: [origin.as_list() for origin in parts] for name, parts in onnx.origins.items()}
     text = json.dumps(table, indent=0, sort_keys=True)
     origins.write_text(text + "\n", encoding="utf-8")
     names = [onnx.path.name, origins.name] + ([onnx.data.name] if onnx.data else [])

@@ -97,8 +97,9 @@ class Parity(_Section):
 class Component(_Section):
     """One network: its files, its interface, and where each of its initialisers came from.
 
-    `origins` is the JSON file `{initialiser: [[parameter, slice, transform], ...]}`; `build_key`
-    digests all that decided the files, so that an equal component need not be built again.
+    `origins` is the JSON file `{initialiser: [[parameter, slice, transform], ...]}`, of interleaved
+    rows with a fourth value, [row, step]; `build_key` digests all that decided the files, so that
+    an equal component need not be built again.
     """
 
     artefacts: list[Artefact]

@@ -38,6 +38,10 @@ class AdapterError(CallerError):
         self.refused = refused or {}
 
 
+class MergeTimeout(HeatsinkError):
+    """The gate did not open in time: requests, or a merge, were still under way."""
+
+
 class EngineMismatch(CallerError):
     """An engine folder is of another version, damaged, or answers otherwise than once built."""
 
