@@ -34,9 +34,8 @@ class PromptRows:
     """
 
     def __init__(self, pipe: Any, prompts: int) -> None:
-        owners = {
-            getattr(type(pipe), n).__qualname__.split(".")[0] for n in ("__call__", "encode_prompt")
-        }
+        methods = (getattr(type(pipe), name, None) for name in ("__call__", "encode_prompt"))
+        owners = {getattr(method, "__qualname__", "").split(".")[0] for method in methods}
         if not owners <= PIPELINES:
             raise AdapterError(
                 f"the rows of a {type(pipe).__name__} are not known, so it can't have adapters by"

@@ -186,8 +186,10 @@ def _ports(
         for delta in deltas:
             if delta.component != component:
                 continue
-            if by_path.setdefault(delta.module_path, {}).setdefault(name, delta) is not delta:
+            own = by_path.setdefault(delta.module_path, {})
+            if name in own:
                 raise AdapterError(f"{name} changes {component}.{delta.module_path} twice")
+            own[name] = delta
     return {
         path: _port(f"{component}.{path}", module.get_submodule(path), own)
         for path, own in by_path.items()
