@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -27,9 +28,12 @@ from heatsink.runtime.merge_terms import Part, parts_of, places_of
 from heatsink.runtime.pristine import STAGING, Cost, Keep, Pristine, costs
 from heatsink.runtime.weights import hash_tensor
 
-try:
-    from heatsink.kernels.lora_merge import Term, lora_merge
-except ModuleNotFoundError:
+if find_spec("heatsink.kernels.lora_merge"):
+    from heatsink.kernels.lora_merge import (  # type: ignore[import-not-found, unused-ignore]
+        Term,
+        lora_merge,
+    )
+else:
     from heatsink.runtime.lora_stand_in import Term, lora_merge
 
 
@@ -52,6 +56,8 @@ class Prepared:
 
 
 Applied = Sequence[tuple[Prepared, float]]
+# What the kernel takes; of any other dtype, a file's values become fp32.
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class Merger:
@@ -114,7 +120,8 @@ class Merger:
         _check_finite(deltas)
 
         def on(tensor: Tensor, device: torch.device) -> Tensor:
-            return tensor.detach().to(device, non_blocking=True)
+            dtype = tensor.dtype if tensor.dtype in _FLOATS else torch.float32
+            return tensor.detach().to(device, dtype, non_blocking=True)
 
         with self._on_stream():
             parts = []
@@ -274,7 +281,9 @@ class Merger:
         parts: Mapping[str, Sequence[tuple[Part, float]]],
     ) -> None:
         """One launch: each weight from its pristine values, with its terms or without."""
-        base, out, terms = [], [], []
+        base: list[Tensor] = []
+        out: list[Tensor] = []
+        terms: list[Term] = []
         for key in keys:
             live = self._live[key].detach()
             pristine = self._pristine.read(key)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from heatsink.runtime.adapter_keys import Targets, file_path
+from heatsink.runtime.adapter_file import Targets
+from heatsink.runtime.adapter_keys import file_path
 from heatsink.runtime.errors import AdapterError
 from heatsink.runtime.ldm_names import translate, unet_names
 
@@ -21,7 +22,7 @@ _CLASSES = {
     "CLIPTextModel",
     "CLIPTextModelWithProjection",
 }
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def components_of(pipe: Any) -> dict[str, nn.Module]:
@@ -80,7 +81,8 @@ def _reason(part: nn.Module) -> str | None:
         if weight.is_meta:
             return "its weight is not loaded (it is on the meta device)"
         if type(weight) is not nn.Parameter or weight.dtype not in _DTYPES:
-            return f"its weight is quantised ({type(weight).__name__}, {weight.dtype})"
+            kind = f"{type(weight).__name__} of {weight.dtype}"
+            return f"its weight is a {kind}, expected a Parameter of fp32, fp16 or bf16"
     return None
 
 

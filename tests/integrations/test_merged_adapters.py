@@ -145,7 +145,7 @@ def test_closing_leaves_the_pipeline_as_it_was_found(sd1: Any, deltas_for: Make,
     for choice in (None, {"a": 1.0}, [{"a": 1.0}, None]):
         with heatsink.adapters(sd1) as adapters:
             adapters.add("a", deltas_for(sd1))
-            adapters.use(choice)  # type: ignore[arg-type]
+            adapters.use(choice)
             assert adapters.in_use == choice
             assert heatsink.adapters(sd1) is adapters
             with pytest.raises(CallerError, match="has adapters already"):
@@ -353,4 +353,4 @@ def test_other_pipelines_are_refused(sd1: Any) -> None:
     )  # fmt: skip
     refused(DDPMPipeline(unet, DDPMScheduler()), "has no UNet2DConditionModel")
     sd1.unet.conv_in.weight.data = sd1.unet.conv_in.weight.data.to(torch.float8_e4m3fn)
-    refused(sd1, r"unet\.conv_in: its weight is quantised")
+    refused(sd1, r"unet\.conv_in: its weight is a Parameter of torch\.float8_e4m3fn")

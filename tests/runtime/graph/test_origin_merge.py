@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -97,7 +98,7 @@ def interleave_geglu(graph: Graph) -> tuple[Graph, bool]:
         assert isinstance(holder, fx.Node)
         name = holder.meta[WEIGHT_KEY]
         weight = graph.weights[name]
-        mixed = replace(weight, source=lambda w=weight: interleaved(w.load(torch.float64)))
+        mixed = replace(weight, source=partial(interleaved, weight))
         origins = [Origin(name, ((i * SIZE, (i + 1) * SIZE),), at=(i, 2)) for i in range(2)]
         rename(graph, holder, f"mixed_{name}", mixed, origins)
     for piece in list(cut.users):
@@ -111,8 +112,8 @@ def interleave_geglu(graph: Graph) -> tuple[Graph, bool]:
     return graph, True
 
 
-def interleaved(values: Tensor) -> Tensor:
-    return torch.stack(values.chunk(2), dim=1).flatten(0, 1)
+def interleaved(weight: Weight) -> Tensor:
+    return torch.stack(weight.load(torch.float64).chunk(2), dim=1).flatten(0, 1)
 
 
 def merged(net: nn.Module, deltas: list[AdapterDelta], weight: float) -> nn.Module:
@@ -142,12 +143,12 @@ def test_adapters_of_packed_and_interleaved_weights(
         "identity",
         "identity",
     ]
-    live = {f"net.{name}": w.load(torch.float64) for name, w in graph.weights.items()}
+    live = {f"net.{name}": w.load(torch.float32) for name, w in graph.weights.items()}
     origins = {f"net.{name}": parts for name, parts in graph.origins.items()}
 
     def run() -> Tensor:
         weights = {
-            name: replace(w, source=lambda key=f"net.{name}": live[key])
+            name: replace(w, source=partial(live.__getitem__, f"net.{name}"))
             for name, w in graph.weights.items()
         }
         return replace(graph, weights=weights).run({"x": x}, dtype=torch.float64)["y"]
@@ -172,7 +173,7 @@ def test_adapters_of_packed_and_interleaved_weights(
         assert (run() - expected).abs().max() < 1e-6 * expected.abs().max()
         assert (run() - base).abs().max() > 1e-2 * expected.abs().max()
     untouched = live["net.to_qkv.weight"][SIZE : 2 * SIZE]
-    assert torch.equal(untouched, net.to_k.weight.detach().double())
+    assert torch.equal(untouched, net.to_k.weight.detach())
     merger.remove()
     assert torch.equal(run(), base)
 
