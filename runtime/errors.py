@@ -38,10 +38,6 @@ class AdapterError(CallerError):
         self.refused = refused or {}
 
 
-class MergeTimeout(HeatsinkError):
-    """The gate did not open in time: requests, or a merge, were still under way."""
-
-
 class EngineMismatch(CallerError):
     """An engine folder is of another version, damaged, or answers otherwise than once built."""
 
@@ -52,6 +48,10 @@ class NotBuilt(CallerError):
 
 class MissingDependency(CallerError):
     """An optional library is needed; the message says what to install."""
+
+
+class MergeTimeout(HeatsinkError):
+    """The gate did not open in time: requests, or a merge, were still under way."""
 
 
 class NumericError(HeatsinkError):
