@@ -23,7 +23,7 @@ from heatsink.runtime.adapter_delta import AdapterDelta, digest_deltas
 from heatsink.runtime.errors import AdapterError, NonFiniteWeights
 from heatsink.runtime.graph.weight import Origin
 from heatsink.runtime.merge_gate import MergeGate
-from heatsink.runtime.merge_layout import Stamp, matrix, row_matrix, stamp
+from heatsink.runtime.merge_layout import Stamp, check_layout, stamp
 from heatsink.runtime.merge_terms import Part, parts_of, places_of
 from heatsink.runtime.pristine import STAGING, Cost, Keep, Pristine, costs
 from heatsink.runtime.weights import hash_tensor
@@ -128,7 +128,7 @@ class Merger:
             for part in self._parts(deltas):
                 live = self._live[part.key]
                 magnitude = None if part.magnitude is None else on(part.magnitude, live.device)
-                a, b = row_matrix(on(part.a, live.device), live), on(part.b, live.device)
+                a, b = on(part.a, live.device), on(part.b, live.device)
                 parts.append(Part(part.key, a, b, part.scale, magnitude, part.row, part.step))
         return Prepared(deltas, tuple(parts))
 
@@ -150,7 +150,8 @@ class Merger:
             check: look at every merged weight afterwards (waits for the device).
 
         Raises:
-            AdapterError: an adapter doesn't fit, or a live weight was moved. Nothing is changed.
+            AdapterError: an adapter doesn't fit, or a live weight was moved, cast or written while
+                one was in it. Nothing is changed.
             NonFiniteWeights: with `check`, a merged weight is not finite. Nothing is changed.
             MergeTimeout: requests took longer. Nothing is changed.
         """
@@ -159,8 +160,7 @@ class Merger:
             if not -float("inf") < weight < float("inf"):
                 raise AdapterError(f"an adapter's weight is {weight}, expected a finite number")
             if weight:
-                ready = adapter if isinstance(adapter, Prepared) else self.prepare(adapter)
-                wanted.append((ready, float(weight)))
+                wanted.append((self._ready(adapter), float(weight)))
         with self.gate.merge(timeout), self._on_stream(), torch.no_grad():
             self._check_places(part.key for ready, _ in wanted for part in ready.parts)
             self._keep(wanted)
@@ -204,6 +204,12 @@ class Merger:
             hash_tensor(digest, weight.detach().cpu())
         return digest.hexdigest()
 
+    def _ready(self, adapter: Prepared | Iterable[AdapterDelta]) -> Prepared:
+        if not isinstance(adapter, Prepared):
+            return self.prepare(adapter)
+        fits = all(part.a.device == self._live[part.key].device for part in adapter.parts)
+        return adapter if fits else self.prepare(adapter.deltas)
+
     def _parts(self, deltas: Iterable[AdapterDelta]) -> Iterator[Part]:
         refused, parts = {}, []
         for delta in deltas:
@@ -237,14 +243,16 @@ class Merger:
             self._stamps.pop(key, None)
 
     def _check_places(self, keys: Iterable[str]) -> None:
-        for key in {*self._stamps, *keys}:
-            now = stamp(self._live[key])
-            if self._stamps.get(key, now) != now:
-                raise AdapterError(
-                    f"the live weight {key} was moved or cast since an adapter touched it:"
-                    " remove() first"
-                )
-            matrix(self._live[key])
+        """Forget weights that were changed while no adapter was in them; refuse if one was."""
+        changed = {key for key, was in self._stamps.items() if was != stamp(self._live[key])}
+        if merged := sorted(changed.intersection(self._touched(self._applied))):
+            raise AdapterError(
+                f"the live weight {merged[0]} was moved, cast or written while an adapter was in"
+                " it: remove() first"
+            )
+        self._forget(changed)
+        for key in keys:
+            check_layout(key, self._live[key])
 
     def _write(self, touched: Iterable[str], wanted: Applied) -> None:
         """Write these weights, by device and dtype: pristine, with what `wanted` does to them."""
@@ -258,6 +266,7 @@ class Merger:
         for (device, _), keys in groups.items():
             for some in self._in_pieces(device, keys):
                 self._merge(device, some, parts)
+                self._stamps.update({key: stamp(self._live[key]) for key in some})
 
     def _in_pieces(self, device: torch.device, keys: list[str]) -> Iterator[list[str]]:
         """All at once where pristine weights are on the device; else as many as may be staged."""
@@ -290,8 +299,8 @@ class Merger:
             if pristine.device != device or pristine.stride() != live.stride():
                 pristine = torch.empty_like(live).copy_(pristine, non_blocking=True)
             terms += [_term(len(out), part, weight) for part, weight in parts.get(key, ())]
-            base.append(matrix(pristine))
-            out.append(matrix(live))
+            base.append(pristine)
+            out.append(live)
         lora_merge(base, out, terms)
 
     def _check_result(self, touched: Sequence[str]) -> None:
