@@ -38,6 +38,10 @@ class AdapterError(CallerError):
         self.refused = refused or {}
 
 
+class DamagedFile(AdapterError):
+    """An adapter's file is empty, truncated or no safetensors."""
+
+
 class EngineMismatch(CallerError):
     """An engine folder is of another version, damaged, or answers otherwise than once built."""
 
