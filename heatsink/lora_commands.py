@@ -177,7 +177,6 @@ def merge(
     model: Base,
     adapters: Weighted,
     out: ModelOut,
-    ignore: Ignore = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
@@ -195,7 +194,7 @@ def merge(
         targets = Targets.of(opened)
         merged, lines = [], []
         for path, scale in wanted:
-            receipt, deltas = inspect_adapter(path, targets, ignore=ignore or ())
+            receipt, deltas = inspect_adapter(path, targets)
             if not receipt.accepted:
                 raise AdapterError(receipt.refusal(), receipt.refused)
             merged += scaled(deltas, scale)

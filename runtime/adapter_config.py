@@ -46,7 +46,9 @@ def beside(path: Path) -> Config:
     return _json_object(file.read_text(encoding="utf-8", errors="replace"), str(file))
 
 
-def in_header(path: Path, metadata: Mapping[str, str], keys: Mapping[str, Any]) -> dict[str, Config]:
+def in_header(
+    path: Path, metadata: Mapping[str, str], keys: Mapping[str, Any]
+) -> dict[str, Config]:
     """The configurations in the file's header by component; empty where it has none."""
     if METADATA_KEY not in metadata:
         return {}

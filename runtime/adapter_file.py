@@ -111,9 +111,7 @@ class _Reading:
     deltas: list[AdapterDelta] = field(default_factory=list)
 
     def receipt(self, sha256: str) -> AdapterReceipt:
-        used = {
-            key: self.entries[key] for roles in self.places.values() for key in roles.values()
-        }
+        used = {key: self.entries[key] for roles in self.places.values() for key in roles.values()}
         matrices = [e for k, e in used.items() if self.keys[k].role != "alpha"]
         downs = [e.shape[:1] for k, e in used.items() if self.keys[k].role == "down"]
         return AdapterReceipt(

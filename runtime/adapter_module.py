@@ -112,9 +112,7 @@ def _as_matrices(a: Tensor, b: Tensor, shape: Shape | None) -> tuple[Tensor, Ten
     return a, b
 
 
-def _scale(
-    value: Tensor | None, config: Mapping[str, Any] | None, module: str, rank: int
-) -> float:
+def _scale(value: Tensor | None, config: Mapping[str, Any] | None, module: str, rank: int) -> float:
     if value is None:
         return 1.0 if config is None else scale_of(config, module, rank)
     alpha = value.double().reshape(-1).tolist()

@@ -92,9 +92,7 @@ def _shaped(value: Tensor, *lead: int, like: Tensor) -> Tensor:
     return value.reshape(*lead, *(1,) * (like.dim() - 2))
 
 
-def _dotted_tensors(
-    deltas: list[AdapterDelta], prefixes: Mapping[str, str]
-) -> dict[str, Tensor]:
+def _dotted_tensors(deltas: list[AdapterDelta], prefixes: Mapping[str, str]) -> dict[str, Tensor]:
     tensors = {}
     for delta in deltas:
         module = prefixes[delta.component] + file_path(delta.component, delta.module_path)

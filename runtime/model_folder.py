@@ -98,9 +98,7 @@ def read_folder(folder: Path, variant: str | None) -> Layout:
     tokenizers = tuple(tokenizer_in(folder / each) for each in TOKENIZERS[kind])
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     settings = {k: v for k, v in index.items() if not k.startswith("_") and not isinstance(v, list)}
-    extras = {
-        name: folder / name for name in EXTRAS if (folder / name / "config.json").is_file()
-    }
+    extras = {name: folder / name for name in EXTRAS if (folder / name / "config.json").is_file()}
     return Layout(kind, parts, tokenizers, scheduler, settings, notes, extras, variant)
 
 

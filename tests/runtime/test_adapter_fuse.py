@@ -23,7 +23,11 @@ from heatsink.runtime.model import Model
 from heatsink.runtime.weights import Weights
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
-PATHS = (f"{BLOCK}.attn2.to_k", "down_blocks.0.attentions.0.proj_in", "down_blocks.0.resnets.0.conv1")
+PATHS = (
+    f"{BLOCK}.attn2.to_k",
+    "down_blocks.0.attentions.0.proj_in",
+    "down_blocks.0.resnets.0.conv1",
+)
 MODULES = ["to_k", "proj_in", "conv1"]
 
 

@@ -151,7 +151,10 @@ def test_a_bad_key_refuses_the_file(case: str, tiny_sd1: Path, tmp_path: Path, s
     [
         ({"unet.r": 8, "unet.lora_alpha": 8}, "the configuration says 8, the matrices have 4"),
         ({"unet.r": 4, "unet.lora_alpha": "x"}, "alpha is 'x'"),
-        ({"unet.r": 4, "unet.lora_alpha": 4, "unet.use_dora": True}, "incomplete: the configuration asks for DoRA"),
+        (
+            {"unet.r": 4, "unet.lora_alpha": 4, "unet.use_dora": True},
+            "incomplete: the configuration asks for DoRA",
+        ),
         ({"unet.r": 4, "unet.peft_type": "LOHA"}, "unsupported: the configuration is of LOHA"),
         ({"unet.init_lora_weights": "pissa_niter_4"}, "moves the base weights too"),
         ({"unet.lora_bias": True}, "unsupported: the configuration asks for lora_bias"),
@@ -239,7 +242,9 @@ def test_a_row_of_magnitudes_of_a_convolution(
         with pytest.raises(AdapterError, match="nothing tells which"):
             read_adapter(tmp_path / "b", model)
     else:
-        assert torch.equal(read_adapter(tmp_path / "b", model)[0].magnitude, values.flatten())
+        magnitude = read_adapter(tmp_path / "b", model)[0].magnitude
+        assert magnitude is not None
+        assert torch.equal(magnitude, values.flatten())
     inputs_wise = torch.rand(1, inputs, 1, 1)
     save_file({**file, f"unet.{path}.{name}": inputs_wise}, tmp_path / "b")
     if not square:
