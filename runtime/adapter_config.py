@@ -72,7 +72,7 @@ def component_of(config: Mapping[str, Any]) -> str | None:
 def _json_object(text: str, where: str) -> Config:
     try:
         value = json.loads(text)
-    except ValueError as cause:
+    except (ValueError, RecursionError) as cause:
         raise AdapterError(f"{where} is not JSON: {cause}") from cause
     if not isinstance(value, dict):
         raise AdapterError(f"{where} is no JSON object")
@@ -108,16 +108,26 @@ def scale_of(config: Mapping[str, Any], module: str, rank: int) -> float:
     alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", rank))
     if r != rank:
         raise Unknown(f"rank mismatch: the configuration says {r}, the matrices have {rank}")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+    return _finite(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _finite(alpha: Any) -> float:
+    try:
+        value = math.nan if isinstance(alpha, bool | str) else float(alpha)
+    except (TypeError, OverflowError):
+        value = math.nan
+    if not math.isfinite(value):
         raise Unknown(
             f"non-finite: the configuration's alpha is {alpha!r}, expected a finite number"
         )
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return value
 
 
 def _pattern(table: Any, module: str, default: Any) -> Any:
     """PEFT's lookup: a pattern is the end of a module's path; with `^`, all of it."""
     path = module.removeprefix("text_model.")
+    if table is not None and not isinstance(table, dict):
+        raise Unknown(f"unsupported: the configuration's patterns are {table!r}, no table")
     for pattern, value in (table or {}).items():
         bare = str(pattern).removeprefix("^").removeprefix("text_model.")
         # PEFT takes any regular expression; one from a stranger's file is not run, nor guessed at.

@@ -5,9 +5,10 @@ A target's weight becomes, always from the pristine `W0`,
     W = W0 (1 + sum_i (g_i - 1)) + sum_i g_i s_i (B_i A_i)
 
 with `g_i = 1` for a plain LoRA and `g_i = m_i / |W0 + s_i B_i A_i|` for DoRA (https://arxiv.org/abs/
-2402.09353): m_i the magnitudes, the norm that of each output's row over all its inputs. The order
-of adapters doesn't matter, and of one it is what PEFT merges. Products and sums are in fp32 (or
-W0's own dtype where that is wider), with one rounding to the dtype of `W0`.
+2402.09353): m_i the magnitudes, the norm that of each output's row over all its inputs. Of one
+adapter it is what PEFT merges; of several, the sum of the changes that each makes alone, whatever
+their order. Products and sums are in fp32 (or W0's own dtype where that is wider), with one
+rounding to the dtype of `W0`.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def _check_whole(path: Path, size: int) -> None:
 def _header(path: Path, text: bytes) -> dict[str, Any]:
     try:
         header = json.loads(text)
-    except ValueError as cause:
+    except (ValueError, RecursionError) as cause:
         raise DamagedFile(f"{path} is damaged: its header is not JSON: {cause}") from cause
     tensors = list(header.values()) if isinstance(header, dict) else [None]
     if not all(isinstance(tensor, dict) and _has_place(tensor) for tensor in tensors):

@@ -136,6 +136,26 @@ def test_several_adapters_are_what_diffusers_fuses(
         assert_near(fused[name], theirs[name], exact(weights[name], own))
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_diffusers_fuses_a_dora_that_is_written_here(
+    scale: float, tiny_sd1: Path, tmp_path: Path, seed: int
+) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    torch.manual_seed(seed)
+    weights = Model.open(tiny_sd1).weights("unet")
+    deltas = [replace(d, scale=scale) for d in some_deltas(weights, dora=True)]
+    write_adapter(tmp_path / "a.safetensors", deltas)
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_sd1)
+    pipe.load_lora_weights(tmp_path, weight_name="a.safetensors")
+    pipe.fuse_lora(components=["unet"])
+    theirs = {k.replace(".base_layer.", "."): v for k, v in pipe.unet.state_dict().items()}
+    fused = fuse(weights, deltas)
+    for delta in deltas:
+        name = delta.weight_name
+        assert_near(fused[name], theirs[name], exact(weights[name], [delta]))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_several_with_dora_round_once(dtype: torch.dtype, tiny_sd1: Path, seed: int) -> None:
     torch.manual_seed(seed)

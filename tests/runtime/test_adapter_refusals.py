@@ -155,6 +155,8 @@ def test_a_bad_key_refuses_the_file(case: str, tiny_sd1: Path, tmp_path: Path, s
             {"unet.r": 4, "unet.lora_alpha": 4, "unet.use_dora": True},
             "incomplete: the configuration asks for DoRA",
         ),
+        ({"unet.r": 4, "unet.lora_alpha": 10**400}, "non-finite: the configuration's alpha"),
+        ({"unet.rank_pattern": [1]}, "patterns are [1], no table"),
         ({"unet.r": 4, "unet.peft_type": "LOHA"}, "unsupported: the configuration is of LOHA"),
         ({"unet.init_lora_weights": "pissa_niter_4"}, "moves the base weights too"),
         ({"unet.lora_bias": True}, "unsupported: the configuration asks for lora_bias"),
@@ -186,6 +188,10 @@ DAMAGED: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "too long": (lambda data: data + b"1234", "damaged: 4 bytes follow the last tensor"),
     "a picture": (lambda data: b"\x89PNG\r\n\x1a\n" + data, "no safetensors file"),
     "no JSON": (lambda data: data.replace(b'{"', b"{;", 1), "its header is not JSON"),
+    "deep": (
+        lambda data: (99_999).to_bytes(8, "little") + b"[" * 99_999,
+        "its header is not JSON",
+    ),
     "a list": (lambda data: (4).to_bytes(8, "little") + b"[12]", "header is no table of tensors"),
     "odd places": (
         lambda data: (25).to_bytes(8, "little") + b'{"a":{"data_offsets":"x"}}'[:25] + b"}",
