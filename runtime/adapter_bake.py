@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -53,13 +53,7 @@ def bake(
     touched = sorted({delta.component for delta in deltas})
     fused = {name: fuse(model.weights(name), deltas) for name in touched}
     used = {name: _files(model.weights(name)) for name in touched}
-    copies = list(_copies(model.path, used))
-    for done, path in enumerate(copies, 1):
-        target = folder / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # Links, as a download cache has, become files.
-        shutil.copyfile(model.path / path, target)
-        report("copying", done, len(copies))
+    _copy(model.path, folder, list(_copies(model.path, used)), report)
     changed = [
         (weights, name)
         for component, weights in fused.items()
@@ -70,6 +64,15 @@ def bake(
         file, key = _place(model.weights(weights.component), name)
         _overwrite(folder / weights.component / file, key, weights, name)
         report("merging", done, len(changed))
+
+
+def _copy(source: Path, folder: Path, paths: Sequence[Path], report: Progress) -> None:
+    for done, path in enumerate(paths, 1):
+        target = folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Links, as a download cache has, become files.
+        shutil.copyfile(source / path, target)
+        report("copying", done, len(paths))
 
 
 def _files(weights: Weights) -> set[str]:

@@ -102,7 +102,8 @@ def fuse(weights: Weights, deltas: Iterable[AdapterDelta], scale: float = 1.0) -
         scale: multiplies every delta's own scale. At 0 the weights are returned as they are.
 
     Raises:
-        AdapterError: a delta's target is missing or of another shape, or its scale is not finite.
+        AdapterError: a delta's target is missing or of another shape, its magnitude is not one
+            number for each output, or its scale is not finite.
     """
     terms: dict[str, list[AdapterDelta]] = {}
     refused: dict[str, str] = {}
@@ -114,6 +115,9 @@ def fuse(weights: Weights, deltas: Iterable[AdapterDelta], scale: float = 1.0) -
         elif weights.shape(delta.weight_name) != delta.weight_shape:
             was = weights.shape(delta.weight_name)
             refused[delta.module_path] = f"wrong shape: {delta.weight_shape} onto {was}"
+        elif delta.magnitude is not None and delta.magnitude.shape != delta.b.shape[:1]:
+            found = tuple(delta.magnitude.shape)
+            refused[delta.module_path] = f"wrong shape: the magnitude is {found}"
         elif not math.isfinite(delta.scale):
             refused[delta.module_path] = f"the scale is {delta.scale}"
         # With scale 0 a DoRA still sets the rows' lengths.

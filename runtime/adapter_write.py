@@ -50,6 +50,23 @@ def write_adapter(
     if format not in FORMATS:
         raise ValueError(f"format is {format!r}, expected one of {', '.join(FORMATS)}")
     path = Path(path)
+    chosen = _one_each(deltas, alpha)
+    header = {"format": "pt", **(metadata or {})}
+    if format == "kohya":
+        _save(path, _kohya_tensors(chosen), header)
+        return
+    configs = _configs(chosen, format)
+    if format == "peft":
+        _write_peft(path, chosen, configs, header)
+        return
+    if any(d.scale != 1 for d in chosen):
+        fields = {f"{c}.{key}": value for c, own in configs.items() for key, value in own.items()}
+        header[METADATA_KEY] = json.dumps(fields, indent=2, sort_keys=True)
+    _save(path, _dotted_tensors(chosen, DOTTED), header)
+
+
+def _one_each(deltas: Iterable[AdapterDelta], alpha: float | None) -> list[AdapterDelta]:
+    """The deltas in order, with their scale from `alpha` if it is given; one for each module."""
     chosen = sorted(deltas, key=lambda d: (d.component, d.module_path))
     if alpha is not None:
         chosen = [replace(d, scale=alpha / d.rank) for d in chosen]
@@ -58,24 +75,22 @@ def write_adapter(
         raise ValueError(
             f"deltas: expected one for each of some modules, got {counts.most_common(1)}"
         )
-    header = {"format": "pt", **(metadata or {})}
-    if format == "kohya":
-        _save(path, _kohya_tensors(chosen), header)
-        return
-    configs = _configs(chosen, format)
-    if format == "peft":
-        if len(configs) > 1:
-            raise AdapterError(
-                f"a PEFT adapter is of one component; this one has {' and '.join(configs)}"
-            )
-        _save(path, _dotted_tensors(chosen, dict.fromkeys(configs, PEFT_PREFIX)), header)
-        text = json.dumps(next(iter(configs.values())), indent=2, sort_keys=True)
-        write_whole(path.parent / CONFIG_NAME, lambda file: file.write(text.encode()))
-        return
-    if any(d.scale != 1 for d in chosen):
-        fields = {f"{c}.{key}": value for c, own in configs.items() for key, value in own.items()}
-        header[METADATA_KEY] = json.dumps(fields, indent=2, sort_keys=True)
-    _save(path, _dotted_tensors(chosen, DOTTED), header)
+    return chosen
+
+
+def _write_peft(
+    path: Path,
+    deltas: list[AdapterDelta],
+    configs: dict[str, dict[str, Any]],
+    header: dict[str, str],
+) -> None:
+    if len(configs) > 1:
+        raise AdapterError(
+            f"a PEFT adapter is of one component; this one has {' and '.join(configs)}"
+        )
+    _save(path, _dotted_tensors(deltas, dict.fromkeys(configs, PEFT_PREFIX)), header)
+    text = json.dumps(next(iter(configs.values())), indent=2, sort_keys=True)
+    write_whole(path.parent / CONFIG_NAME, lambda file: file.write(text.encode()))
 
 
 def _save(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -269,5 +270,7 @@ def test_fusing_what_does_not_fit_is_refused(tiny_sd1: Path, tiny_sdxl: Path, se
     with pytest.raises(AdapterError, match=r"wrong shape: \(4, 3\) onto \(32, 4, 3, 3\)"):
         fuse(weights, [misfit])
     good = lora(small, "unet", "conv_in", 2)
+    with pytest.raises(AdapterError, match=r"wrong shape: the magnitude is \(1, 32\)"):
+        fuse(weights, [replace(good, magnitude=torch.ones(1, 32))])
     with pytest.raises(AdapterError, match="the scale is nan"):
         fuse(weights, [good], float("nan"))
