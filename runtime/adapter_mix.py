@@ -11,6 +11,8 @@ import numpy as np
 
 from heatsink.runtime.errors import InvalidRequest
 
+_LARGEST = float(np.finfo(np.float32).max)
+
 
 @dataclass(frozen=True)
 class AdapterUse:
@@ -67,7 +69,7 @@ class Mix:
 
 
 def _checked(name: str, weight: float) -> float:
-    if not math.isfinite(weight) or abs(weight) > np.finfo(np.float32).max:
+    if not math.isfinite(weight) or abs(weight) > _LARGEST:
         raise InvalidRequest(
             f"adapters.{name}: expected a weight that is finite in float32, got {weight}"
         )
