@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from heatsink.runtime.adapter_delta import AdapterDelta
+from heatsink.runtime.adapter_file import Targets
 from heatsink.runtime.adapter_info import AdapterInfo, BankStats
-from heatsink.runtime.adapter_keys import Targets
 from heatsink.runtime.adapter_lease import Lease
 from heatsink.runtime.adapter_loads import Loader, make_loader
 from heatsink.runtime.adapter_memory import SlotMemory
