@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from heatsink.runtime.adapter_receipt import AdapterReceipt
+
 
 @dataclass(frozen=True)
 class AdapterInfo:
@@ -15,6 +17,7 @@ class AdapterInfo:
         modules: what it changes, `component.module_path`.
         slot: where it is loaded, or None.
         pinned: whether it stays there.
+        receipt: where it came from a file, what became of each key.
     """
 
     name: str
@@ -22,6 +25,7 @@ class AdapterInfo:
     modules: tuple[str, ...]
     slot: int | None = None
     pinned: bool = False
+    receipt: AdapterReceipt | None = None
 
 
 @dataclass(frozen=True)

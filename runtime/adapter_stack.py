@@ -147,13 +147,13 @@ def _stack_group(
     pinned: bool,
     refused: dict[str, str],
 ) -> tuple[Tensor, Tensor]:
-    """`(ports, r, *inputs)` and `(ports, r, out)`; adds to `refused` what is not finite there."""
+    """A group's a and b, `(ports, r, ...)`; adds to `refused` what is not finite in them."""
     rank = max(delta.rank for delta in members.values())
     shape = (len(group.members), rank)
-    a = torch.zeros((*shape, *group.inputs), dtype=dtype, pin_memory=pinned)
+    a = torch.zeros((*shape, *group.stored_inputs), dtype=dtype, pin_memory=pinned)
     b = torch.zeros((*shape, group.outputs), dtype=dtype, pin_memory=pinned)
     for port, delta in members.items():
-        a[port, : delta.rank] = delta.a.reshape(delta.rank, *group.inputs)
+        a[port, : delta.rank] = group.stored(delta.a)
         b[port, : delta.rank] = (delta.b.float().double() * delta.scale).t()
         for name, part in (("a", a), ("scale x b", b)):
             if not bool(torch.isfinite(part[port]).all()):

@@ -22,6 +22,7 @@ from heatsink.runtime.adapter_lease import Lease
 from heatsink.runtime.adapter_loads import Loader, make_loader
 from heatsink.runtime.adapter_memory import SlotMemory
 from heatsink.runtime.adapter_mix import Mix
+from heatsink.runtime.adapter_receipt import AdapterReceipt
 from heatsink.runtime.adapter_slots import Slot, SlotTable
 from heatsink.runtime.adapter_stack import StackedAdapter, stack
 from heatsink.runtime.errors import InvalidRequest, UnknownAdapter
@@ -68,6 +69,7 @@ class AdapterBank:
         loader = loader or make_loader(torch.device(device), memory)
         self._table = SlotTable(self.slots, self._memory, loader, self._called)
         self._names: dict[str, str] = {}
+        self._receipts: dict[str, AdapterReceipt | None] = {}
         self._adapters: dict[str, StackedAdapter] = {}
         self._pins: set[str] = set()
         self._lock = threading.RLock()
@@ -81,7 +83,9 @@ class AdapterBank:
 
     # The registry
 
-    def add(self, name: str, deltas: Iterable[AdapterDelta]) -> AdapterInfo:
+    def add(
+        self, name: str, deltas: Iterable[AdapterDelta], receipt: AdapterReceipt | None = None
+    ) -> AdapterInfo:
         """Take an adapter into the registry; it is loaded when it is first needed.
 
         A name that is there already stands for the new content from now on, without its pin;
@@ -90,6 +94,7 @@ class AdapterBank:
         Args:
             name: not empty, and no SHA-256.
             deltas: copied; what they are mapped from may go.
+            receipt: of the file they came from, for `AdapterInfo`.
 
         Raises:
             InvalidRequest: the name is none.
@@ -103,6 +108,7 @@ class AdapterBank:
             # Where the content is there under another name, its copy serves both.
             self._adapters.setdefault(adapter.digest, adapter)
             self._names[name] = adapter.digest
+            self._receipts[name] = receipt
             self._forget_unnamed()
             return self.info(name)
 
@@ -123,6 +129,7 @@ class AdapterBank:
     def _forget_unnamed(self) -> None:
         named = set(self._names.values())
         self._adapters = {d: adapter for d, adapter in self._adapters.items() if d in named}
+        self._receipts = {name: self._receipts[name] for name in self._names}
         self._pins = {name for name in self._pins if self._digest(name) in named}
         self._table.sweep(self._adapters)
 
@@ -150,9 +157,15 @@ class AdapterBank:
         with self._lock:
             self.check([name])
             digest = self._digest(name)
-            slot, modules = self._table.find(digest), self._adapters[digest].modules
-            pinned = digest in self._pinned()
-            return AdapterInfo(name, digest, modules, slot.number if slot else None, pinned)
+            slot = self._table.find(digest)
+            return AdapterInfo(
+                name,
+                digest,
+                self._adapters[digest].modules,
+                slot.number if slot else None,
+                digest in self._pinned(),
+                self._receipts.get(name),
+            )
 
     def infos(self) -> dict[str, AdapterInfo]:
         """All adapters by name."""

@@ -15,8 +15,8 @@ import torch
 
 from heatsink.runtime import pictures
 from heatsink.runtime.adapter_delta import AdapterDelta
-from heatsink.runtime.adapter_file import read_adapter
 from heatsink.runtime.adapter_info import AdapterInfo
+from heatsink.runtime.adapter_intake import add_file
 from heatsink.runtime.adapter_lease import Lease, trimmed
 from heatsink.runtime.adapter_mix import Mix
 from heatsink.runtime.adapters import AdapterBank
@@ -25,7 +25,7 @@ from heatsink.runtime.backends.session import Array
 from heatsink.runtime.buckets import alike
 from heatsink.runtime.conditions import Conditions, encode
 from heatsink.runtime.digest import image_digest
-from heatsink.runtime.errors import NotBuilt, NumericError
+from heatsink.runtime.errors import InvalidRequest, NotBuilt, NumericError
 from heatsink.runtime.request import Request
 from heatsink.runtime.result import Receipt, Result
 from heatsink.runtime.sampler import Job, denoise, new_job
@@ -65,7 +65,13 @@ class Engine:
     def __repr__(self) -> str:
         return f"<Engine {self.spec.name} {self.spec.digest[:12]} {sorted(self._components)}>"
 
-    def add_adapter(self, name: str, adapter: str | Path | Iterable[AdapterDelta]) -> AdapterInfo:
+    def add_adapter(
+        self,
+        name: str,
+        adapter: str | Path | Iterable[AdapterDelta],
+        *,
+        ignore: Sequence[str] = (),
+    ) -> AdapterInfo:
         """Make an adapter known under a name; requests under way are not disturbed.
 
         A name that is there already stands for the new content from then on.
@@ -73,22 +79,22 @@ class Engine:
         Args:
             name: what requests call it.
             adapter: a LoRA file (safetensors), or its deltas.
+            ignore: keys of the file, or shell patterns of keys, to leave out.
 
         Returns:
-            Its name and digest, and the modules it changes.
+            Its name and digest, the modules it changes, and the receipt of the file's keys.
 
         Raises:
             NotBuilt: the engine has no adapter ports.
-            UnsafeFile, AdapterError: the file or a part of it can't be applied, so nothing is: see
-                `read_adapter` and `adapter_stack.stack`. The engine is as before.
-            InvalidRequest: the name is none.
+            UnsafeFile, DamagedFile, AdapterError: it can't be applied whole, so nothing of it is;
+                see `adapter_intake.add_file` and `adapter_stack.stack`. The engine is as before.
+            InvalidRequest: the name is none, or `ignore` fits nothing.
         """
         bank = self._bank()
         if isinstance(adapter, str | Path):
-            if bank.targets is None:
-                raise NotBuilt("this engine was opened without the list of its modules, which a "
-                               "file is read by; give the adapter's deltas")  # fmt: skip
-            adapter = read_adapter(adapter, bank.targets)
+            return add_file(bank, name, adapter, ignore=ignore)
+        if ignore:
+            raise InvalidRequest("ignore: expected a file beside it, got deltas")
         return bank.add(name, adapter)
 
     def remove_adapter(self, name: str) -> None:

@@ -40,6 +40,10 @@ class AdapterError(CallerError):
         self.refused = refused or {}
 
 
+class DamagedFile(AdapterError):
+    """An adapter's file is empty, truncated or no safetensors."""
+
+
 class UnknownAdapter(CallerError):
     """An adapter is named that is not there; `known` lists the names that are."""
 

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -239,9 +239,6 @@ def test_generate_says_once_what_was_cut(run: Run, sd1_folder: Path) -> None:
         assert "cut to 16 tokens" in entry["receipt"]["notes"][0]
 
 
-Inputs = dict[str, Any]
-
-
 @pytest.fixture
 def ported(tiny_sd1: Path, sd1_engine: Engine) -> Engine:
     """The tiny engine with two slots; a slot's mean is added to the UNet's rows that use it."""
@@ -249,7 +246,7 @@ def ported(tiny_sd1: Path, sd1_engine: Engine) -> Engine:
     layout = PortLayout.of("unet", 2, 4, targets.shapes["unet"])
     bank = AdapterBank([layout], targets=targets)
 
-    def unet(inputs: Inputs) -> Inputs:
+    def unet(inputs: Mapping[str, Any]) -> dict[str, Any]:
         rows = dict(inputs)
         slots, scales = rows.pop("adapter_slots", None), rows.pop("adapter_scales", None)
         out = sd1_engine._components["unet"](rows)["out"]

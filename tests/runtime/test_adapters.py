@@ -71,7 +71,8 @@ def port(bank: AdapterBank, component: str, path: str, slot: int) -> tuple[Tenso
 def product(bank: AdapterBank, component: str, path: str, slot: int) -> Tensor:
     """B A in float64, shaped as a weight without the sides of a 1x1 convolution."""
     a, b = port(bank, component, path, slot)
-    return torch.einsum("ro,r...->o...", b.double(), a.double())
+    # A convolution's inputs are last in the bank.
+    return torch.einsum("ro,r...->o...", b.double(), a.movedim(-1, 1).double())
 
 
 # What a slot holds

@@ -76,7 +76,8 @@ class Part:
         if slots is not None:
             assert self.layout is not None
             assert scales is not None
-            assert (slots.dtype, scales.dtype) == (np.int64, np.float32)
+            assert slots.dtype == np.int64
+            assert scales.dtype == np.float32
             assert slots.shape == scales.shape
             # Without an adapter in any row the engine leaves them out.
             assert (slots >= 0).any(axis=0).all()
@@ -84,6 +85,7 @@ class Part:
         for row in range(len(next(iter(rows.values())))):
             x, y = getattr(self, self.name)({name: value[row] for name, value in rows.items()})
             if slots is not None:
+                assert scales is not None
                 for slot, scale in zip(slots[row], scales[row], strict=True):
                     if slot >= 0:
                         y = y + np.float32(scale) * self.ported(x, int(slot))
@@ -109,7 +111,8 @@ class Part:
             a, b = (torch.from_numpy(self.tensors[f"bank.{group}.{side}"][row]) for side in "ab")
             value = torch.from_numpy(x)
             if a.dim() == 4:
-                value = torch.conv2d(torch.conv2d(value, a, padding=1), b.t()[..., None, None])
+                kernel = a.movedim(-1, 1)
+                value = torch.conv2d(torch.conv2d(value, kernel, padding=1), b.t()[..., None, None])
             elif self.name == "unet":
                 value = torch.einsum("ro,ri,ihw->ohw", b, a, value)
             else:
@@ -497,6 +500,25 @@ def test_a_file_needs_the_list_of_modules(tokenizer: Tokenizer, tmp_path: Path) 
         engine.add_adapter("clay", tmp_path / "a.safetensors")
 
 
+def test_keys_of_a_file_can_be_left_out(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    # Its text encoder's part has no port in this engine.
+    engine, path = engine_of(tokenizer, bank_of("unet")), tmp_path / "a.safetensors"
+    write_adapter(path, style("noto"))
+    with pytest.raises(AdapterError, match=rf"{path}: 1 of 2 modules .*text_encoder") as caught:
+        engine.add_adapter("noto", path)
+    text = [key for key in load_file(path) if key.startswith("text_encoder")]
+    assert sorted(caught.value.refused) == sorted(text) != []
+    info = engine.add_adapter("noto", path, ignore=["text_encoder.*"])
+    assert info.modules == ("unet.mid.to_q",)
+    assert info.receipt is not None
+    assert sorted(info.receipt.ignored) == sorted(text)
+    with pytest.raises(InvalidRequest, match="ignore: 'vae' matches no key"):
+        engine.add_adapter("noto", path, ignore=["vae"])
+    with pytest.raises(InvalidRequest, match="ignore: expected a file beside it"):
+        engine.add_adapter("noto", style("clay"), ignore=["vae"])
+    assert engine.adapters == {"noto": info}
+
+
 Damage = Callable[[Path], None]
 
 
@@ -577,6 +599,9 @@ def test_adding_a_file_says_what_it_changes(engine: Engine, tmp_path: Path) -> N
     assert info.modules == ("unet.mid.to_k", "unet.up.conv")
     assert info == engine.adapters["from a file"]
     assert info.digest == engine.adapters["twemoji"].digest
+    assert info.receipt is not None
+    assert info.receipt.format == "kohya"
+    assert engine.adapters["twemoji"].receipt is None
     # It was copied: the file may go.
     (tmp_path / "a.safetensors").unlink()
     pair = images(engine, ["a fox"] * 2, adapters=["from a file", "twemoji"])
