@@ -10,26 +10,21 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 
 import heatsink
 from heatsink import cli, console, flags
 from heatsink.export import components
 from heatsink.export.manifest import read_manifest
-from heatsink.runtime.adapter_file import AdapterDelta, Targets, write_adapter
-from heatsink.runtime.adapters import AdapterBank
 from heatsink.runtime.digest import image_digest
 from heatsink.runtime.engine import Engine
 from heatsink.runtime.errors import InvalidRequest, NotBuilt
-from heatsink.runtime.model import Model
-from heatsink.runtime.port_layout import PortLayout
 
 LONG = "a cat that goes on to the [bold] end"
 
@@ -239,103 +234,6 @@ def test_generate_says_once_what_was_cut(run: Run, sd1_folder: Path) -> None:
         assert "cut to 16 tokens" in entry["receipt"]["notes"][0]
 
 
-@pytest.fixture
-def ported(tiny_sd1: Path, sd1_engine: Engine) -> Engine:
-    """The tiny engine with two slots; a slot's mean is added to the UNet's rows that use it."""
-    targets = Targets.of(Model.open(tiny_sd1))
-    layout = PortLayout.of("unet", 2, 4, targets.shapes["unet"])
-    bank = AdapterBank([layout], targets=targets)
-
-    def unet(inputs: Mapping[str, Any]) -> dict[str, Any]:
-        rows = dict(inputs)
-        slots, scales = rows.pop("adapter_slots", None), rows.pop("adapter_scales", None)
-        out = sd1_engine._components["unet"](rows)["out"]
-        for row, own in enumerate([] if slots is None else slots):
-            for slot, scale in zip(own, scales[row], strict=True):
-                values = [t.unflatten(0, (-1, 2))[:, slot] for t in bank.tensors("unet").values()]
-                out[row] += scale * sum(float(value.mean()) for value in values)
-        return {"out": out}
-
-    return Engine(sd1_engine.spec, {**sd1_engine._components, "unet": unet}, bank)
-
-
-@pytest.fixture
-def loras(ported: Engine) -> list[str]:
-    """Three LoRA files of the tiny model, in the current folder."""
-    assert ported.bank is not None
-    path = "mid_block.attentions.0.proj_in"
-    out, into = ported.bank.targets.shapes["unet"][path][:2]  # type: ignore[union-attr]
-    names = ["noto.safetensors", "twemoji.safetensors", "ink.safetensors"]
-    for number, name in enumerate(names, 1):
-        a, b = torch.full((2, into), float(number)), torch.ones(out, 2)
-        write_adapter(name, [AdapterDelta("unet", path, a, b)])
-    return names
-
-
-def test_generate_applies_adapters_to_all_pictures(
-    run: Run, sd1_folder: Path, ported: Engine, loras: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("heatsink.load", lambda *arguments, **options: ported)
-    outcome = run(
-        "generate", "a cat", "a dog", "--engine", sd1_folder, "--steps", 1, "--seed", 7, "-q",
-        "--adapter", f"{loras[0]}:0.5", "--adapter", f"flat={loras[1]}:-0.25",
-    )  # fmt: skip
-    assert outcome.code == 0, outcome
-    entries = json.loads(Path("out/receipts.json").read_text())
-    digests = {name: info.digest for name, info in ported.adapters.items()}
-    assert sorted(digests) == ["flat", "noto"]
-    expected = ported.generate(
-        ["a cat", "a dog"], seed=7, steps=1, adapters={"noto": 0.5, "flat": -0.25}
-    )
-    plain = ported.generate(["a cat", "a dog"], seed=7, steps=1)
-    for entry, mine, bare in zip(entries, expected.receipts, plain.receipts, strict=True):
-        assert entry["receipt"] == mine.as_dict()
-        assert entry["receipt"]["image"] != bare.image
-        assert entry["request"]["adapters"] == {"flat": -0.25, "noto": 0.5}
-        assert {use["name"]: use["digest"] for use in entry["receipt"]["adapters"]} == digests
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["missing.safetensors:0.8"], "AdapterError: --adapter: missing.safetensors is missing"),
-        (["noto.safetensors:much"], "InvalidRequest: --adapter: expected FILE:SCALE"),
-        (["noto.safetensors:nan"], "adapters.noto: expected adapter names, each with a finite"),
-        (["a=:0.5"], "AdapterError: --adapter: :0.5 is missing"),
-        (["a="], "--adapter: expected NAME=FILE:WEIGHT, got 'a='"),
-        (["noto.safetensors", "noto.safetensors:2"], "--adapter: two are called 'noto'"),
-        (["noto.safetensors", "ink.safetensors", "t=twemoji.safetensors"], "CapacityError: "),
-        (["noto.safetensors", "bad.safetensors"], "AdapterError: bad.safetensors"),
-    ],
-)
-def test_generate_refuses_adapters_before_any_work(
-    run: Run,
-    sd1_folder: Path,
-    ported: Engine,
-    loras: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    arguments: list[str],
-    message: str,
-) -> None:
-    monkeypatch.setattr("heatsink.load", lambda *arguments, **options: ported)
-    monkeypatch.setattr(ported, "_components", {})
-    Path("bad.safetensors").write_bytes(Path(loras[0]).read_bytes()[:-8])
-    before = sorted(os.listdir())
-    flags = [part for text in arguments for part in ("--adapter", text)]
-    code = 1 if message.startswith("Capacity") else 2
-    refused(run("generate", "a cat", "--engine", sd1_folder, "-q", *flags), message, code)
-    assert sorted(os.listdir()) == before
-
-
-def test_an_engine_without_ports_takes_no_adapter(
-    run: Run, sd1_folder: Path, loras: list[str]
-) -> None:
-    outcome = run("generate", "a cat", "--engine", sd1_folder, "-q", "--adapter", loras[0])
-    refused(outcome, "NotBuilt: this engine has no adapter ports")
-    assert "--adapters SLOTSxRANK" in outcome.err
-    assert sorted(os.listdir()) == sorted(loras)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -460,21 +358,6 @@ def test_flag_values() -> None:
     assert flags.parse_adapter("C:/a.safetensors:0.5") == (Path("C:/a.safetensors"), 0.5)
     with pytest.raises(NotBuilt, match="range"):
         flags.parse_size("64:128")
-
-
-def test_adapter_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "a=b").mkdir()
-    for name in ("noto.safetensors", "a=b/c.safetensors", "d=e.safetensors"):
-        Path(name).touch()
-    texts = ["noto.safetensors:0.8", "n=noto.safetensors", "./a=b/c.safetensors:2"]
-    assert flags.parse_named_adapters([*texts, "x=d=e.safetensors:-1"]) == {
-        "noto": (Path("noto.safetensors"), 0.8),
-        "n": (Path("noto.safetensors"), 1.0),
-        "c": (Path("a=b/c.safetensors"), 2.0),
-        "x": (Path("d=e.safetensors"), -1.0),
-    }
-    assert flags.parse_named_adapters([]) == {}
 
 
 def test_libraries_are_quiet_inside_and_as_before_after() -> None:
