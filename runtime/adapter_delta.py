@@ -65,7 +65,7 @@ class AdapterDelta:
 
 
 def scaled(deltas: Iterable[AdapterDelta], weight: float) -> list[AdapterDelta]:
-    """The same adapter at `weight` times its strength; of weight 0 nothing is left, DoRA neither."""
+    """The same adapter at `weight` times its strength; at 0 nothing of it is left, DoRA or not."""
     if weight == 0:
         return []
     return [replace(delta, scale=delta.scale * weight) for delta in deltas]

@@ -73,7 +73,8 @@ def inspect_adapter(
         ignore: as of `read_adapter`.
 
     Returns:
-        The receipt, and the deltas; none where a key is refused.
+        The receipt, and the deltas; none where a key is refused. Without a target the receipt has
+        no digest.
 
     Raises:
         UnsafeFile, DamagedFile, AdapterError: nothing can be read of the file.
@@ -83,6 +84,9 @@ def inspect_adapter(
     receipt = reading.receipt(sha256_file(path))
     if reading.refused:
         return receipt, []
+    if reading.targets is None:
+        # A digest is of the modules' true names and shapes.
+        return receipt, reading.deltas
     return replace(receipt, digest=digest_deltas(reading.deltas)), reading.deltas
 
 

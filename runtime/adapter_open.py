@@ -59,11 +59,12 @@ def _header(path: Path, text: bytes) -> dict[str, Any]:
         header = json.loads(text)
     except ValueError as cause:
         raise DamagedFile(f"{path} is damaged: its header is not JSON: {cause}") from cause
-    tensors = header.values() if isinstance(header, dict) else [None]
-    if not all(isinstance(tensor, dict) for tensor in tensors) or not all(
-        isinstance(tensor.get("data_offsets", [0, 0]), list)
-        and [type(end) for end in tensor.get("data_offsets", [0, 0])] == [int, int]
-        for tensor in tensors
-    ):
+    tensors = list(header.values()) if isinstance(header, dict) else [None]
+    if not all(isinstance(tensor, dict) and _has_place(tensor) for tensor in tensors):
         raise DamagedFile(f"{path} is damaged: its header is no table of tensors")
     return dict(header)
+
+
+def _has_place(tensor: dict[str, Any]) -> bool:
+    offsets = tensor.get("data_offsets", [0, 0])
+    return isinstance(offsets, list) and [type(end) for end in offsets] == [int, int]

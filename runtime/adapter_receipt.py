@@ -14,7 +14,8 @@ class AdapterReceipt:
         path: of the file.
         sha256: of its bytes.
         format: `"diffusers"`, `"peft"` or `"kohya"`; several are joined by `+`.
-        digest: of its values (`digest_deltas`); None where the file is refused.
+        digest: of its values (`digest_deltas`); None where the file is refused, or no model was
+            given.
         dtypes: of its tensors (without alphas), sorted.
         ranks: of its modules, sorted.
         applied: key -> (component, module path, role) of the keys that can be applied. Where
