@@ -22,8 +22,9 @@ from torch import nn
 from heatsink.integrations.pipeline_modules import components_of, layers_of, targets_of
 from heatsink.integrations.row_adapters import RowAdapters
 from heatsink.runtime.adapter_delta import AdapterDelta, digest_deltas
-from heatsink.runtime.adapter_file import read_adapter
-from heatsink.runtime.errors import AdapterError, CallerError, InvalidRequest
+from heatsink.runtime.adapter_file import inspect_adapter
+from heatsink.runtime.adapter_receipt import AdapterReceipt
+from heatsink.runtime.errors import AdapterError, CallerError, InvalidRequest, UnknownAdapter
 from heatsink.runtime.merge import Merger, Prepared
 from heatsink.runtime.merge_terms import weight_key
 from heatsink.runtime.model import Model
@@ -68,6 +69,7 @@ class Adapters:
         self._targets = targets_of(self._modules)
         self._deltas: dict[str, list[AdapterDelta]] = {}
         self._digests: dict[str, str] = {}
+        self._receipts: dict[str, AdapterReceipt] = {}
         self._prepared: dict[str, Prepared] = {}
         self._rows: RowAdapters | None = None
         self._choice: Choice = None
@@ -92,16 +94,28 @@ class Adapters:
         return dict(self._digests)
 
     @property
+    def receipts(self) -> dict[str, AdapterReceipt]:
+        """What became of every key of the files that were added."""
+        return dict(self._receipts)
+
+    @property
     def in_use(self) -> Choice:
         """What `use` was last given."""
         return self._choice
 
-    def add(self, name: str, file: str | Path | Iterable[AdapterDelta]) -> str:
+    def add(
+        self,
+        name: str,
+        file: str | Path | Iterable[AdapterDelta],
+        *,
+        ignore: Sequence[str] = (),
+    ) -> str:
         """Read an adapter, whole or not at all; nothing is applied yet.
 
         Args:
             name: what `use` calls it.
             file: a LoRA file (safetensors; diffusers, PEFT or kohya), or its deltas.
+            ignore: keys of the file, or shell patterns, that may be left out.
 
         Returns:
             The digest of its values.
@@ -113,11 +127,18 @@ class Adapters:
         self._check_open()
         if name in self._deltas:
             raise CallerError(f"there is an adapter {name!r} already: drop() it first")
-        deltas = self._read(file)
-        self._merger.costs(deltas)  # Raises where a target is unknown or of another shape.
-        self._deltas[name] = deltas
-        self._digests[name] = digest_deltas(deltas)
-        return self._digests[name]
+        if isinstance(file, str | Path):
+            receipt, deltas = inspect_adapter(file, self._targets, ignore=ignore)
+            if not receipt.accepted:
+                raise AdapterError(receipt.refusal(), receipt.refused)
+            digest = receipt.digest or digest_deltas(deltas)
+            self._receipts[name] = receipt
+        else:
+            deltas = list(file)
+            self._merger.costs(deltas)  # Raises where a target is unknown or of another shape.
+            digest = digest_deltas(deltas)
+        self._deltas[name], self._digests[name] = deltas, digest
+        return digest
 
     def drop(self, name: str) -> None:
         """Forget an adapter that is not in use."""
@@ -129,6 +150,7 @@ class Adapters:
             raise CallerError(f"the adapter {name!r} is in use: remove() it first")
         del self._deltas[name], self._digests[name]
         self._prepared.pop(name, None)
+        self._receipts.pop(name, None)
 
     def costs(self, *names: str) -> dict[Keep, Cost]:
         """What merging these adapters (default: all) would keep, for each choice of `keep`."""
@@ -162,7 +184,7 @@ class Adapters:
             AdapterError: an adapter can't be applied so, or something came between weights and
                 computation. Nothing is changed.
             NonFiniteWeights: a merged weight overflowed. Nothing is changed.
-            CallerError: a name is unknown.
+            UnknownAdapter: a name is unknown.
         """
         self._check_open()
         if choice is None:
@@ -201,11 +223,6 @@ class Adapters:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _read(self, file: str | Path | Iterable[AdapterDelta]) -> list[AdapterDelta]:
-        if isinstance(file, str | Path):
-            return read_adapter(file, self._targets)
-        return list(file)
 
     def _new_merger(self, keep: Keep, model: Model | None) -> Merger:
         live = {
@@ -255,7 +272,8 @@ class Adapters:
 
     def _known(self, names: Iterable[str]) -> None:
         if unknown := sorted(set(names) - self._deltas.keys()):
-            raise CallerError(f"there is no adapter {unknown[0]!r}; there are {self.names}")
+            message = f"there is no adapter {unknown[0]!r}; there are {self.names}"
+            raise UnknownAdapter(message, self.names)
 
     def _check_open(self) -> None:
         if vars(self._pipe).get(_ATTRIBUTE) is not self:

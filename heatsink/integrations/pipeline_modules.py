@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from heatsink.runtime.adapter_file import Targets
 from heatsink.runtime.adapter_keys import file_path
+from heatsink.runtime.adapter_targets import Targets
 from heatsink.runtime.errors import AdapterError
 from heatsink.runtime.ldm_names import translate, unet_names
 
@@ -113,4 +113,4 @@ def targets_of(modules: Mapping[str, nn.Module]) -> Targets:
         original = translate(inverse, path)
         if original is not None:
             flat["unet"].setdefault(original.replace(".", "_"), path)
-    return Targets(shapes, flat)
+    return Targets(shapes, flat, "sdxl" if "text_encoder_2" in modules else "sd1")

@@ -15,7 +15,13 @@ import heatsink
 from heatsink.integrations.diffusers import Adapters
 from heatsink.runtime.adapter_delta import AdapterDelta, digest_deltas
 from heatsink.runtime.adapter_file import write_adapter
-from heatsink.runtime.errors import AdapterError, CallerError, InvalidRequest, NonFiniteWeights
+from heatsink.runtime.errors import (
+    AdapterError,
+    CallerError,
+    InvalidRequest,
+    NonFiniteWeights,
+    UnknownAdapter,
+)
 from heatsink.runtime.model import Model
 
 Make = Callable[..., list[AdapterDelta]]
@@ -35,9 +41,13 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "dora"),
+    [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)],
+)
 def test_merged_as_diffusers_fuses_within_a_rounding(
     dtype: torch.dtype,
+    dora: bool,
     tiny_sd1: Path,
     tmp_path: Path,
     deltas_for: Make,
@@ -46,7 +56,7 @@ def test_merged_as_diffusers_fuses_within_a_rounding(
 ) -> None:
     torch.manual_seed(seed)
     pipe, other = load_pipeline(tiny_sd1, dtype), load_pipeline(tiny_sd1, dtype)
-    base, deltas = state(pipe), deltas_for(pipe)
+    base, deltas = state(pipe), deltas_for(pipe, dora=dora)
     file = tmp_path / "a.safetensors"
     write_adapter(file, deltas)
     other.load_lora_weights(tmp_path, weight_name=file.name)
@@ -54,6 +64,9 @@ def test_merged_as_diffusers_fuses_within_a_rounding(
     theirs = {name.replace(".base_layer.", "."): value for name, value in state(other).items()}
     adapters = heatsink.adapters(pipe)
     assert adapters.add("a", str(file)) == digest_deltas(deltas)
+    receipt = adapters.receipts["a"]
+    assert receipt.digest == adapters.digests["a"]
+    assert len(receipt.applied) == (3 if dora else 2) * len(deltas)
     adapters.use({"a": 0.8})
     changed, mine = {f"{d.component}.{d.weight_name}": d for d in deltas}, state(pipe)
     eps = torch.finfo(dtype).eps
@@ -64,6 +77,9 @@ def test_merged_as_diffusers_fuses_within_a_rounding(
         d = changed[name]
         change = 0.8 * d.scale * (d.b.double() @ d.a.double().flatten(1)).reshape(before.shape)
         reference = before.double() + change
+        if d.magnitude is not None:
+            gain = d.magnitude.double() / reference.flatten(1).norm(dim=1)
+            reference = reference * gain.reshape(-1, *[1] * (reference.dim() - 1))
         plain = (theirs[name].double() - reference).abs().max()
         ours = (mine[name].double() - reference).abs().max()
         assert ours <= 2 * (plain + eps * reference.abs().max()), name
@@ -180,8 +196,8 @@ def test_names_and_choices_are_checked(sd1: Any, deltas_for: Make, seed: int) ->
     with pytest.raises(CallerError, match="an adapter 'a' already"):
         adapters.add("a", deltas_for(sd1))
     wrong: list[tuple[Any, type[Exception], str]] = [
-        ({"b": 1.0}, CallerError, r"no adapter 'b'; there are \['a'\]"),
-        ([{"b": 1.0}], CallerError, "no adapter 'b'"),
+        ({"b": 1.0}, UnknownAdapter, r"no adapter 'b'; there are \['a'\]"),
+        ([{"b": 1.0}], UnknownAdapter, "no adapter 'b'"),
         ({"a": "1"}, InvalidRequest, "the weight of 'a' is '1'"),
         ({"a": float("inf")}, InvalidRequest, "the weight of 'a' is inf"),
         ([{"a": True}], InvalidRequest, "the weight of 'a' is True"),
@@ -289,6 +305,7 @@ def test_a_file_of_another_architecture_is_refused_whole(
     adapters = heatsink.adapters(sd1)
     with pytest.raises(AdapterError, match="can't be applied, so none is") as caught:
         adapters.add("a", tmp_path / "a.safetensors")
+    assert adapters.receipts == {}
     assert any(
         "the model has no text_encoder_2" in reason for reason in caught.value.refused.values()
     )

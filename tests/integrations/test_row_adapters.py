@@ -17,6 +17,7 @@ import torch
 import heatsink
 from heatsink.integrations.row_adapters import RowAdapters
 from heatsink.runtime.adapter_delta import AdapterDelta
+from heatsink.runtime.adapter_file import write_adapter
 from heatsink.runtime.errors import AdapterError, CallerError, InvalidRequest
 
 Make = Callable[..., list[AdapterDelta]]
@@ -166,7 +167,7 @@ def test_sdxl_and_both_its_text_encoders(
 
 @pytest.mark.parametrize("guess_mode", [False, True])
 def test_a_controlnet_has_its_rows(
-    guess_mode: bool, styled: Any, deltas_for: Make, latents_of: Any
+    guess_mode: bool, styled: Any, deltas_for: Make, latents_of: Any, tmp_path: Path
 ) -> None:
     from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 
@@ -183,7 +184,8 @@ def test_a_controlnet_has_its_rows(
     )
     pipe.set_progress_bar_config(disable=True)
     adapters, noise = heatsink.adapters(pipe), start(2)
-    adapters.add("c", deltas_for(pipe, components=("unet", "controlnet")))
+    write_adapter(tmp_path / "c", deltas_for(pipe, components=("unet", "controlnet")))
+    adapters.add("c", tmp_path / "c")
     options = {
         "image": torch.rand(2, 3, 16, 16),
         "guess_mode": guess_mode,
