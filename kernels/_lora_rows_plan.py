@@ -158,6 +158,7 @@ def _shrinking(
         "X_INSIDE": given.inside,
         "A_INSIDE": down.inside,
         "BLOCK_K": config["BLOCK_K"],
+        "BLOCK_R": config["BLOCK_R"],
     }
     return args, constants
 
@@ -175,6 +176,7 @@ def _expanding(config: Config, out: Operand, b: Tensor) -> tuple[Arguments, Cons
         "B_UNIT": up.unit,
         "Y_INSIDE": out.inside,
         "BLOCK_N": config["BLOCK_N"],
+        "BLOCK_E": config["BLOCK_E"],
     }
     return args, constants
 
@@ -208,7 +210,6 @@ def plan_rows(
     shared: Constants = {
         "H_UNIT": _RANKS,
         "BLOCK_T": config["BLOCK_T"],
-        "BLOCK_R": config["BLOCK_R"],
         "PRECISION": _PRECISIONS[config["PRECISION"]],
         "UPCAST": x.dtype == torch.bfloat16 and x.device.type == "cpu",
     }

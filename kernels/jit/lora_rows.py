@@ -146,7 +146,7 @@ def _lora_expand_kernel(
     SPLITS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
@@ -176,7 +176,7 @@ def _lora_expand_kernel(
             SPLITS,
             BLOCK_T,
             BLOCK_N,
-            BLOCK_R,
+            BLOCK_E,
             PRECISION,
             UPCAST,
         )
@@ -252,6 +252,7 @@ def _lora_fused_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
@@ -316,7 +317,7 @@ def _lora_fused_kernel(
                 1,
                 BLOCK_T,
                 BLOCK_N,
-                BLOCK_R,
+                BLOCK_E,
                 PRECISION,
                 UPCAST,
             )

@@ -181,7 +181,7 @@ def expand(
     SPLITS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
@@ -200,8 +200,8 @@ def expand(
     acc = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
     for i in range(adapters):
         slot, rank = adapter(bank, row * adapters + i)
-        for start_r in tl.range(0, rank, BLOCK_R, num_stages=1):
-            offs_r = start_r + tl.arange(0, BLOCK_R)
+        for start_r in tl.range(0, rank, BLOCK_E, num_stages=1):
+            offs_r = start_r + tl.arange(0, BLOCK_E)
             h = load_h(
                 h_ptr,
                 row * adapters + i,
