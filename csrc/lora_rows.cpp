@@ -80,6 +80,7 @@ struct Table {
   std::vector<RowAdapter> adapters;
   std::vector<ActiveRow> rows;
   int64_t blocks = 0;  // vectors of ranks of the row that has most
+  int64_t widest = 0;  // ranks of the row that has most
   int64_t ranks = 0;   // of all rows
 
   Table(const Tensor& a, const Tensor& slots, const Tensor& scales,
@@ -98,6 +99,7 @@ struct Table {
       const auto first = static_cast<int64_t>(adapters.size());
       bool used = false;
       int64_t row_blocks = 0;
+      const int64_t before = ranks;
       for (int64_t i = row * count; i < (row + 1) * count; ++i) {
         const int64_t slot = table[i];
         STD_TORCH_CHECK(slot < a.size(0), "slots: expected slots of the bank, up to ",
@@ -125,6 +127,7 @@ struct Table {
       if (used) {
         rows.push_back({row, first, static_cast<int64_t>(adapters.size())});
         blocks = std::max(blocks, row_blocks);
+        widest = std::max(widest, ranks - before);
       }
     }
     for (size_t i = 0; i < adapters.size(); ++i) {
@@ -138,16 +141,16 @@ struct Table {
   // Gives every slot its memory.
   void place(const LoraRows& call) {
     const int64_t panel = call.taps * heatsink::channels_of_panel(call);
-    const int64_t outputs = heatsink::round_up(call.outputs, kLanes);
+    const int64_t pitch = heatsink::output_pitch(call);
     int64_t floats = 0;
     for (const Packed& slot : packed) {
-      floats += heatsink::round_up(slot.rank, kLanes) * panel + slot.rank * outputs;
+      floats += heatsink::round_up(slot.rank, kLanes) * panel + slot.rank * pitch;
     }
     float* next = heatsink::thread_scratch<kBank>(floats);
     for (Packed& slot : packed) {
       slot.down = next;
       slot.up = next + heatsink::round_up(slot.rank, kLanes) * panel;
-      next = slot.up + slot.rank * outputs;
+      next = slot.up + slot.rank * pitch;
     }
   }
 };
@@ -211,7 +214,7 @@ int64_t choose_chunk(int64_t tokens, int64_t rows) {
 
 void run(LoraRows& call, Table& table, bool turned) {
   static const LoraKernel kernel = HEATSINK_CHOOSE(lora_rows);
-  const int64_t floats = heatsink::lora_scratch(table.blocks);
+  const int64_t floats = heatsink::lora_scratch(table.widest, table.blocks);
   const auto in_parallel = [&](LoraStep step, int64_t items, int64_t products) {
     const int64_t grain = std::max<int64_t>(1, kGrainProducts / std::max<int64_t>(1, products));
     torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {

@@ -19,7 +19,7 @@ struct Pixels {
 };
 
 // One slot of the bank in fp32, in vectors of 16 along ranks and outputs:
-// down: [tap][rank / 16][channel, up to a multiple of 4][16]; up: [output / 16][rank][16].
+// down: [tap][rank / 16][channel, up to a multiple of 4][16]; up: [rank][output], padded.
 struct Packed {
   int64_t slot, rank;
   float *down, *up;
@@ -54,15 +54,19 @@ struct LoraRows {
 };
 
 inline int64_t channels_of_panel(const LoraRows& c) { return round_up(c.inputs, 4); }
+// An odd number of cache lines, which spreads the ranks over the sets of a cache.
+inline int64_t output_pitch(const LoraRows& c) { return round_up(c.outputs, 2 * kLanes) + kLanes; }
 inline int64_t image_pitch(const LoraRows& c) { return round_up(c.inputs, kLanes); }
 
 // What is done with items begin..end-1: slots of `packed`, each of its taps and then its B; lines
 // of images; tasks of `chunk` tokens of one row.
 enum class LoraStep { Pack, Image, Rows };
 
-// Floats of scratch for the widest row of `blocks` vectors of ranks.
-constexpr int64_t lora_scratch(int64_t blocks) {
-  return kTokens * (kPitch + kLanes * (blocks + 4)) + kLanes * (kLanes + kChannels * 4);
+// Floats of scratch for a row of so many ranks, in so many vectors.
+constexpr int64_t lora_scratch(int64_t ranks, int64_t blocks) {
+  const int64_t sums = kTokens * kLanes * (blocks > 4 ? blocks : 4);
+  const int64_t pointers = round_up(ranks * static_cast<int64_t>(sizeof(float*) / 4), kLanes);
+  return kTokens * kPitch + kLanes * 4 * kChannels + sums + kTokens * kLanes * blocks + pointers;
 }
 
 // Every one gives the same bits.

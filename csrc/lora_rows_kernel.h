@@ -52,10 +52,7 @@ template <typename I>
 void pack_up(const LoraRows& c, const Packed& slot) {
   const int64_t size = size_of(c.element);
   const Plane b{c.b + slot.slot * c.b_slot * size, c.element, c.b_rank, c.b_output};
-  for (int64_t first = 0; first < c.outputs; first += kLanes) {
-    read_rows<I>(b, 0, slot.rank, slot.rank - 1, first, smaller(kLanes, c.outputs - first),
-                 slot.up + first * slot.rank, kLanes);
-  }
+  read_rows<I>(b, 0, slot.rank, slot.rank - 1, 0, c.outputs, slot.up, output_pitch(c));
 }
 
 // One line of an image with its channels innermost.
@@ -110,7 +107,25 @@ struct LoraTask {
   const ActiveRow& row;
   int64_t place;  // of the row among those of the image
   int64_t first, tokens;
-  float *x, *h, *delta, *turned;
+  float* x;
+  float* sums;         // [rank / 16][token][16]; later what 4 vectors of outputs get
+  float* h;            // [rank][token]
+  const float** rows;  // B's row of every rank
+  float* turned;
+
+  LoraTask(const LoraRows& call, int64_t index, int64_t chunk, float* memory)
+      : c(call), row(call.rows[index]), place(index), first(chunk * call.chunk) {
+    tokens = smaller(c.chunk, c.tokens - first);
+    int64_t blocks = 0;
+    for (int64_t i = row.first; i < row.last; ++i) {
+      blocks += blocks_of(*c.adapters[i].packed);
+    }
+    x = memory;
+    turned = x + kTokens * kPitch;
+    sums = turned + kLanes * 4 * kChannels;
+    h = sums + kTokens * kLanes * (blocks > 4 ? blocks : 4);
+    rows = reinterpret_cast<const float**>(h + kTokens * kLanes * blocks);
+  }
 
   // x[t] = `columns` channels from `channel` on of what a tap sees; zero outside the image.
   void load(int64_t tap, int64_t channel, int64_t columns) {
@@ -146,7 +161,7 @@ struct LoraTask {
   // h[v][t] += x[t] . A of N vectors of ranks and M tokens.
   template <int N, int M>
   HEATSINK_INLINE void shrink_tile(const float* down, int64_t next, int64_t columns, int64_t t,
-                                   float* sums, bool begins) {
+                                   float* out, bool begins) {
     V dot[M * N];
 #pragma GCC unroll 24
     for (int i = 0; i < M * N; ++i) {
@@ -166,117 +181,137 @@ struct LoraTask {
     }
 #pragma GCC unroll 24
     for (int i = 0; i < M * N; ++i) {
-      float* const kept = sums + (i % N * kTokens + t + i / N) * kLanes;
+      float* const kept = out + (i % N * kTokens + t + i / N) * kLanes;
       I::store(kept, begins ? dot[i] : I::add(I::load(kept), dot[i]));
     }
   }
 
   template <int N, int M>
   HEATSINK_INLINE void shrink_tiles(const float* down, int64_t next, int64_t columns, int64_t t,
-                                    float* sums, bool begins) {
+                                    float* out, bool begins) {
     for (; t + M <= tokens; t += M) {
-      shrink_tile<N, M>(down, next, columns, t, sums, begins);
+      shrink_tile<N, M>(down, next, columns, t, out, begins);
     }
     if constexpr (M > 1) {
-      shrink_tiles<N, M / 2>(down, next, columns, t, sums, begins);
+      shrink_tiles<N, M / 2>(down, next, columns, t, out, begins);
     }
   }
 
   template <int N>
   HEATSINK_INLINE void shrink_blocks(const float* down, int64_t block, int64_t blocks,
-                                     int64_t columns, float* sums, bool begins) {
+                                     int64_t columns, float* out, bool begins) {
     const int64_t next = channels_of_panel(c) * kLanes;
     for (; block + N <= blocks; block += N) {
       shrink_tiles<N, tokens_beside(N)>(down + block * next, next, columns, 0,
-                                        sums + block * kTokens * kLanes, begins);
+                                        out + block * kTokens * kLanes, begins);
     }
     if constexpr (N > 1) {
-      shrink_blocks<N / 2>(down, block, blocks, columns, sums, begins);
+      shrink_blocks<N / 2>(down, block, blocks, columns, out, begins);
     }
   }
 
   static int64_t blocks_of(const Packed& packed) { return round_up(packed.rank, kLanes) / kLanes; }
 
-  // h = scale * x A^T of every adapter: [rank / 16][token][16], one adapter after the other.
+  // x A^T of every adapter, one after the other.
   void shrink() {
     for (int64_t tap = 0; tap < c.taps; ++tap) {
       for (int64_t channel = 0; channel < c.inputs; channel += kChannels) {
         const int64_t columns = smaller(kChannels, c.inputs - channel);
         load(tap, channel, columns);
-        float* sums = h;
+        float* out = sums;
         for (int64_t i = row.first; i < row.last; ++i) {
           const Packed& packed = *c.adapters[i].packed;
           const int64_t blocks = blocks_of(packed);
           const float* down =
               packed.down + (tap * blocks * channels_of_panel(c) + channel) * kLanes;
-          shrink_blocks<kWide>(down, 0, blocks, columns, sums, tap + channel == 0);
-          sums += blocks * kTokens * kLanes;
-        }
-      }
-    }
-    float* sums = h;
-    for (int64_t i = row.first; i < row.last; ++i) {
-      const V scale = I::splat(c.adapters[i].scale);
-      for (int64_t b = blocks_of(*c.adapters[i].packed); b > 0; --b, sums += kTokens * kLanes) {
-        for (int64_t t = 0; t < tokens; ++t) {
-          I::store(sums + t * kLanes, I::mul(I::load(sums + t * kLanes), scale));
+          shrink_blocks<kWide>(down, 0, blocks, columns, out, tap + channel == 0);
+          out += blocks * kTokens * kLanes;
         }
       }
     }
   }
 
-  // y += h B of N vectors of outputs and M tokens; into `delta` where outputs are not dense.
+  // h = scale * x A^T with the ranks that there are in a row; returns how many.
+  int64_t gather() {
+    int64_t ranks = 0;
+    const float* from = sums;
+    for (int64_t i = row.first; i < row.last; ++i) {
+      const Packed& packed = *c.adapters[i].packed;
+      const V scale = I::splat(c.adapters[i].scale);
+      for (int64_t r = 0; r < packed.rank; r += kLanes, from += kTokens * kLanes) {
+        // What is past the last rank is overwritten by the next adapter's.
+        for (int64_t t = 0; t < tokens; t += kLanes) {
+          transpose_to<I>({from + t * kLanes, kLanes}, kLanes, h + (ranks + r) * kTokens + t,
+                          kTokens);
+        }
+      }
+      for (int64_t r = 0; r < packed.rank; ++r) {
+        float* const scaled = h + (ranks + r) * kTokens;
+        for (int64_t t = 0; t < tokens; t += kLanes) {
+          I::store(scaled + t, I::mul(I::load(scaled + t), scale));
+        }
+        rows[ranks + r] = packed.up + r * output_pitch(c);
+      }
+      ranks += packed.rank;
+    }
+    return ranks;
+  }
+
+  // y += h B of N vectors of outputs and M tokens; into `sums` where outputs are not dense.
   template <int N, int M>
-  HEATSINK_INLINE void expand_tile(int64_t output, int64_t t) {
+  HEATSINK_INLINE void expand_tile(int64_t output, int64_t t, int64_t ranks) {
+    const int64_t size = size_of(c.element);
+    const int64_t step = c.y_token * size;
+    char* const y = c.y + (row.row * c.y_row + (first + t) * c.y_token + output) * size;
+    if (c.y_output == 1) {
+      // It comes while the products are taken.
+#pragma GCC unroll 24
+      for (int i = 0; i < M * N; ++i) {
+        __builtin_prefetch(y + i / N * step + i % N * kLanes * size, 1);
+      }
+    }
     V dot[M * N];
 #pragma GCC unroll 24
     for (int i = 0; i < M * N; ++i) {
       dot[i] = I::splat(0.0f);
     }
-    const float* sums = h + t * kLanes;
-    for (int64_t i = row.first; i < row.last; ++i) {
-      const Packed& packed = *c.adapters[i].packed;
-      const float* up = packed.up + output * packed.rank;
-      const int64_t next = packed.rank * kLanes;
-      for (int64_t begin = 0; begin < packed.rank; begin += kLanes, sums += kTokens * kLanes) {
-        const int64_t ranks = smaller(kLanes, packed.rank - begin);
-        for (int64_t r = 0; r < ranks; ++r, up += kLanes) {
-          V b[N];
+    const float* from = h + t;
+    for (int64_t r = 0; r < ranks; ++r) {
+      const float* up = rows[r] + output;
+      V b[N];
 #pragma GCC unroll 4
-          for (int v = 0; v < N; ++v) {
-            b[v] = I::load(up + v * next);
-          }
-#pragma GCC unroll 24
-          for (int j = 0; j < M * N; ++j) {
-            dot[j] = I::fma(b[j % N], I::splat(sums[j / N * kLanes + r]), dot[j]);
-          }
-        }
+      for (int v = 0; v < N; ++v) {
+        b[v] = I::load(up + v * kLanes);
       }
+#pragma GCC unroll 24
+      for (int j = 0; j < M * N; ++j) {
+        dot[j] = I::fma(b[j % N], I::splat(from[j / N]), dot[j]);
+      }
+      from += kTokens;
     }
-    const int64_t size = size_of(c.element);
 #pragma GCC unroll 24
     for (int i = 0; i < M * N; ++i) {
       const int64_t at = output + i % N * kLanes;
-      if (c.y_output != 1) {
-        I::store(delta + (i % N * kTokens + t + i / N) * kLanes, dot[i]);
+      if (c.y_output == 1) {
+        add_to<I>(c.element, dot[i], y + i / N * step + i % N * kLanes * size, 1,
+                  smaller(kLanes, c.outputs - at));
       } else {
-        char* const y = c.y + (row.row * c.y_row + (first + t + i / N) * c.y_token + at) * size;
-        add_to<I>(c.element, dot[i], y, 1, smaller(kLanes, c.outputs - at));
+        I::store(sums + (i % N * kTokens + t + i / N) * kLanes, dot[i]);
       }
     }
   }
 
   template <int N, int M>
-  HEATSINK_INLINE void expand_tiles(int64_t output, int64_t t) {
+  HEATSINK_INLINE void expand_tiles(int64_t output, int64_t t, int64_t ranks) {
     for (; t + M <= tokens; t += M) {
-      expand_tile<N, M>(output, t);
+      expand_tile<N, M>(output, t, ranks);
     }
     if constexpr (M > 1) {
-      expand_tiles<N, M / 2>(output, t);
+      expand_tiles<N, M / 2>(output, t, ranks);
     }
   }
 
-  // Adds `delta` of 16 outputs to where outputs lie apart.
+  // Adds what came of 16 outputs to where outputs lie apart.
   void scatter(int64_t output, const float* from) {
     const int64_t outputs = smaller(kLanes, c.outputs - output);
     const int64_t size = size_of(c.element);
@@ -291,22 +326,22 @@ struct LoraTask {
   }
 
   template <int N>
-  HEATSINK_INLINE void expand(int64_t output) {
+  HEATSINK_INLINE void expand(int64_t output, int64_t ranks) {
     const int64_t end = round_up(c.outputs, kLanes);
     for (; output + N * kLanes <= end; output += N * kLanes) {
-      expand_tiles<N, tokens_beside(N)>(output, 0);
+      expand_tiles<N, tokens_beside(N)>(output, 0, ranks);
       for (int64_t v = 0; v < N && c.y_output != 1; ++v) {
-        scatter(output + v * kLanes, delta + v * kTokens * kLanes);
+        scatter(output + v * kLanes, sums + v * kTokens * kLanes);
       }
     }
     if constexpr (N > 1) {
-      expand<N / 2>(output);
+      expand<N / 2>(output, ranks);
     }
   }
 
   void run() {
     shrink();
-    expand<kWide>(0);
+    expand<kWide>(0, gather());
   }
 };
 
@@ -328,14 +363,7 @@ void run_lora_rows(const LoraRows& c, LoraStep step, int64_t begin, int64_t end,
       float* const out = c.image + item * c.width * image_pitch(c);
       turn_line<I>(c, c.rows[place].row, line, out, scratch);
     } else {
-      const int64_t first = item % chunks * c.chunk;
-      const int64_t place = item / chunks;
-      float* const turned = scratch + kTokens * kPitch;
-      float* const delta = turned + kLanes * kLanes;
-      float* const h = delta + 4 * kTokens * kLanes;
-      LoraTask<I>{c, c.rows[place], place, first, smaller(c.chunk, c.tokens - first), scratch,
-                  h, delta,         turned}
-          .run();
+      LoraTask<I>(c, item / chunks, item % chunks, scratch).run();
     }
   }
 }
