@@ -108,7 +108,7 @@ struct LoraTask {
   int64_t place;  // of the row among those of the image
   int64_t first, tokens;
   float* x;
-  float* sums;         // [rank / 16][token][16]; later what 4 vectors of outputs get
+  float* sums;         // [rank / 16][token][16]; later of 4 vectors of outputs
   float* h;            // [rank][token]
   const float** rows;  // B's row of every rank
   float* turned;
@@ -257,7 +257,7 @@ struct LoraTask {
     return ranks;
   }
 
-  // y += h B of N vectors of outputs and M tokens; into `sums` where outputs are not dense.
+  // sums = h B of N vectors of outputs and M tokens.
   template <int N, int M>
   HEATSINK_INLINE void expand_tile(int64_t output, int64_t t, int64_t ranks) {
     const int64_t size = size_of(c.element);
@@ -291,13 +291,7 @@ struct LoraTask {
     }
 #pragma GCC unroll 24
     for (int i = 0; i < M * N; ++i) {
-      const int64_t at = output + i % N * kLanes;
-      if (c.y_output == 1) {
-        add_to<I>(c.element, dot[i], y + i / N * step + i % N * kLanes * size, 1,
-                  smaller(kLanes, c.outputs - at));
-      } else {
-        I::store(sums + (i % N * kTokens + t + i / N) * kLanes, dot[i]);
-      }
+      I::store(sums + (i % N * kTokens + t + i / N) * kLanes, dot[i]);
     }
   }
 
@@ -311,27 +305,34 @@ struct LoraTask {
     }
   }
 
-  // Adds what came of 16 outputs to where outputs lie apart.
-  void scatter(int64_t output, const float* from) {
+  // y += sums of one vector of outputs.
+  void add(int64_t output, const float* from) {
     const int64_t outputs = smaller(kLanes, c.outputs - output);
     const int64_t size = size_of(c.element);
+    char* const y = c.y + (row.row * c.y_row + first * c.y_token + output * c.y_output) * size;
+    if (c.y_output == 1) {
+      for (int64_t t = 0; t < tokens; ++t) {
+        add_to<I>(c.element, I::load(from + t * kLanes), y + t * c.y_token * size, 1, outputs);
+      }
+      return;
+    }
     for (int64_t t = 0; t < tokens; t += kLanes) {
       transpose_to<I>({from + t * kLanes, kLanes}, kLanes, turned, kLanes);
       for (int64_t o = 0; o < outputs; ++o) {
-        const int64_t at = (first + t) * c.y_token + (output + o) * c.y_output;
-        add_to<I>(c.element, I::load(turned + o * kLanes), c.y + (row.row * c.y_row + at) * size,
-                  c.y_token, smaller(kLanes, tokens - t));
+        add_to<I>(c.element, I::load(turned + o * kLanes),
+                  y + (t * c.y_token + o * c.y_output) * size, c.y_token,
+                  smaller(kLanes, tokens - t));
       }
     }
   }
 
   template <int N>
-  HEATSINK_INLINE void expand(int64_t output, int64_t ranks) {
+  void expand(int64_t output, int64_t ranks) {
     const int64_t end = round_up(c.outputs, kLanes);
     for (; output + N * kLanes <= end; output += N * kLanes) {
       expand_tiles<N, tokens_beside(N)>(output, 0, ranks);
-      for (int64_t v = 0; v < N && c.y_output != 1; ++v) {
-        scatter(output + v * kLanes, sums + v * kTokens * kLanes);
+      for (int64_t v = 0; v < N; ++v) {
+        add(output + v * kLanes, sums + v * kTokens * kLanes);
       }
     }
     if constexpr (N > 1) {
