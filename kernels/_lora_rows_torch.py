@@ -1,9 +1,9 @@
 """`heatsink::lora_rows` in PyTorch operations: for where there is no compiler and no Triton.
 
 Every sum is taken term by term, in elementwise operations, which give an element the same bits
-wherever it lies. A batched matrix product is no such thing on the CPU: the library that computes it
-chooses by the whole batch, and the tests of this package saw other last bits in batches of another
-size. The C++ extension gives other last bits again (it contracts), within the same error.
+wherever it lies. A batched matrix product does not, on the CPU: with two threads `torch.bmm` of one
+token of 1,280 channels and 16 ranks gave a sample other last bits in a batch of two than alone. The
+C++ extension gives other last bits again (it contracts), within the same error.
 """
 
 from __future__ import annotations

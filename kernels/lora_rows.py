@@ -218,4 +218,5 @@ OP = Op(
     plan=plan,
     space=space,
     smoke=SMOKE,
+    changes="y",
 )

@@ -178,7 +178,7 @@ def _measure_case(
     left_out: list[LeftOut] = []
     try:
         inputs = case.make(device)
-        ours = Variant(OURS, _public(op), tolerance=family.tolerance(inputs))
+        ours = Variant(OURS, op.prepare, tolerance=family.tolerance(inputs))
         reference = Reference.of(family, inputs)
         ready = [make_ready(ours, inputs, reference)]
         cost = family.cost(inputs, ready[0].call())
@@ -197,10 +197,6 @@ def _measure_case(
         _row(one, mine, samples[0], device, least) for one, mine in zip(ready, samples, strict=True)
     ]
     return CaseResult(op.name, case.name, cost, tuple(rows), tuple(left_out))
-
-
-def _public(op: Op) -> Callable[[Inputs], Callable[[], Any]]:
-    return lambda inputs: lambda: op.public(**inputs)
 
 
 def _variants(
