@@ -221,9 +221,6 @@ void run(LoraRows& call, Table& table, bool turned) {
       kernel(call, step, begin, end, heatsink::thread_scratch<kTask>(floats));
     });
   };
-  table.place(call);
-  in_parallel(LoraStep::Pack, static_cast<int64_t>(table.packed.size()) * (call.taps + 1),
-              call.inputs * kLanes);
   const auto rows = static_cast<int64_t>(table.rows.size());
   const int64_t line = call.width * heatsink::image_pitch(call);
   const int64_t together =
@@ -231,6 +228,9 @@ void run(LoraRows& call, Table& table, bool turned) {
   const int64_t mean_rank = std::max<int64_t>(1, table.ranks / rows);
   call.chunk = choose_chunk(call.tokens, std::min(rows, together));
   const int64_t chunks = (call.tokens + call.chunk - 1) / call.chunk;
+  table.place(call);
+  in_parallel(LoraStep::Pack, static_cast<int64_t>(table.packed.size()) * (call.taps + 1),
+              call.inputs * kLanes);
   for (int64_t first = 0; first < rows; first += together) {
     const int64_t count = std::min(together, rows - first);
     call.rows = table.rows.data() + first;

@@ -64,7 +64,7 @@ def _tokens(x: Tensor, linear: bool) -> Tensor | None:
 
 
 def _in_place(tokens: Tensor | None) -> Operand | None:
-    """`(R, T, C)` with dense channels or dense tokens, if it needs no copy: strides of (R, other)."""
+    """`(R, T, C)` with dense channels or tokens, if it needs no copy: strides of (R, other)."""
     if tokens is None:
         return None
     if is_settled(tokens):

@@ -60,8 +60,8 @@ def lora_rows(
         b: `(S, rank, out)`: every slot's B, transposed.
         slots: int32 or int64 `(R, n)`: each row's adapters; negative is none.
         scales: fp32 `(R, n)`: what each is multiplied by; ignored where there is none.
-        ranks: int32 `(S,)`: a slot's true rank, of which `rank` is the most; the rest of `a` and `b`
-            is not read. By default `rank`.
+        ranks: int32 `(S,)`: a slot's true rank, `rank` at most; the rest of `a` and `b` is not
+            read. By default `rank`.
         stride: of the convolution, one number or (height, width).
         padding: zeros on each side.
         dilation: between taps.

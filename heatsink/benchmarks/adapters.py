@@ -82,7 +82,7 @@ def in_groups(
 
 
 def cost(inputs: Inputs, outputs: Tensor) -> Cost:
-    """x read, y read and written, and the A and B that are used, once; both products."""
+    """X read, y read and written, and the A and B that are used, once; both products."""
     y, a, b, slots = (inputs[name] for name in ("y", "a", "b", "slots"))
     used = int((slots >= 0).sum())
     distinct = int(slots.unique().numel())
