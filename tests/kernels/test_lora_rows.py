@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from heatsink.kernels import _native, reference
+from heatsink.kernels import reference
 from heatsink.kernels._lora_rows_plan import EXPAND, FUSED, SHRINK, plan_rows
 from heatsink.kernels._windows import Window
 from heatsink.kernels.lora_rows import lora_rows
@@ -90,13 +90,17 @@ class Use:
 
 def exact(given: Given, float64: Any) -> Any:
     """The reference."""
-    pairs = {
+    pairs: dict[str, Any] = {
         name: (value, value) if isinstance(value, int) else value
         for name in ("stride", "padding", "dilation")
         if (value := given.get(name)) is not None
     }
+    y, x, a, b = (float64(given[name]) for name in ("y", "x", "a", "b"))
     return reference.lora_rows(
-        *(float64(given[name]) for name in ("y", "x", "a", "b")),
+        y,
+        x,
+        a,
+        b,
         given["slots"].tolist(),
         float64(given["scales"]),
         ranks=None if given.get("ranks") is None else given["ranks"].tolist(),
@@ -106,7 +110,7 @@ def exact(given: Given, float64: Any) -> Any:
 
 def plain(given: Given) -> Tensor:
     """What a user would write for one row after the other."""
-    out = given["y"].clone()
+    out: Tensor = given["y"].clone()
     window = {k: given[k] for k in ("stride", "padding", "dilation") if k in given}
     for row, chosen in enumerate(given["slots"].tolist()):
         for place, slot in enumerate(chosen):
@@ -138,7 +142,7 @@ def flat(run: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
-RUNS = {
+RUNS: dict[str, Callable[..., None]] = {
     "op": lora_rows,
     "torch": flat(module._lora_rows_torch),
     "triton": flat(module._lora_rows_triton),
@@ -334,8 +338,8 @@ def test_both_ways_and_parts_of_sums(
         {"FUSED": 0, "SPLITS": 3},
     ):
         config = config_of(given, **changes, BLOCK_K=16)
-        operands = [given["y"].clone(), *(given[k] for k in (*NAMES[1:], "ranks"))]
-        out, launches = plan_rows(config, *operands, window)
+        y, x, a, b, slots, scales, ranks = (given[k] for k in (*NAMES, "ranks"))
+        out, launches = plan_rows(config, y.clone(), x, a, b, slots, scales, ranks, window)
         module.run(launches)
         within_budget(out, plain(given), exact(given, float64))
 
@@ -375,28 +379,36 @@ def test_on_a_gpu(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", USES)
+def test_rows_are_exact_on_a_gpu(name: str, dtype: torch.dtype, seed: int, row_exact: Any) -> None:
+    def op(**given: Any) -> Tensor:
+        there = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in given.items()}
+        return apply(lora_rows, there)
+
+    def make(batch: int) -> Given:
+        return USES[name].make(batch, dtype, seed + batch)
+
+    row_exact(op, make, ("y", "x", "slots", "scales"), interpreted=False)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", ["ragged", "image-3x3"])
 def test_in_a_cuda_graph_whose_bank_and_slots_change(name: str, seed: int) -> None:
     first, other = (USES[name].make(3, torch.float16, seed + i, bank_seed=i) for i in (0, 1))
+    op = RUNS["op"]
     given = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in first.items()}
     out = given["y"].clone()
-    lora_rows(**{**given, "y": out.clone()})
+    op(**{**given, "y": out.clone()})
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out.copy_(given["y"])
-        lora_rows(**{**given, "y": out})
+        op(**{**given, "y": out})
     for changed in (first, other, first):
         for key, value in changed.items():
             if isinstance(value, Tensor):
                 given[key].copy_(value)
         graph.replay()
         expected = given["y"].clone()
-        lora_rows(**{**given, "y": expected})
+        op(**{**given, "y": expected})
         assert torch.equal(out, expected)
-
-
-@pytest.mark.skipif(not _native.available(), reason="there is no extension")
-def test_the_op_runs_the_extension(seed: int) -> None:
-    # C++ contracts, PyTorch's operations do not: so which of them ran can be seen.
-    given = Use((64,), 128, 64, 16, 1).make(3, torch.float32, seed)
-    assert not torch.equal(apply(lora_rows, given), apply(RUNS["torch"], given))

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from heatsink.kernels import _native
+from heatsink.kernels._lora_rows_torch import lora_rows_torch
+from heatsink.kernels._windows import Window
 from heatsink.kernels.lora_rows import lora_rows
 
 pytestmark = pytest.mark.skipif(
@@ -96,3 +98,16 @@ def test_threads_change_no_bit() -> None:
     for threads in (2, 3):
         for one, other in zip(found[1], found[threads], strict=True):
             assert torch.equal(one, other)
+
+
+def test_the_op_runs_the_extension(seed: int) -> None:
+    # C++ contracts, PyTorch's operations do not: so which of them ran can be seen.
+    generator = torch.Generator().manual_seed(seed)
+    y, x = torch.randn((2, 2, 64, 128), generator=generator)
+    a, b = torch.randn((2, 1, 16, 128), generator=generator)
+    slots, scales = torch.zeros((2, 1), dtype=torch.int32), torch.ones(2, 1)
+    other = y.clone()
+    lora_rows(y, x, a, b, slots, scales)
+    lora_rows_torch(other, x, a, b, slots, scales, None, Window())
+    assert not torch.equal(y, other)
+    torch.testing.assert_close(y, other, rtol=1e-4, atol=1e-3)
