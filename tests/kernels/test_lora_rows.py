@@ -160,8 +160,7 @@ def apply(run: Callable[..., None], given: Given) -> Tensor:
     return memory
 
 
-# Aligned, ragged and in more than one block of everything, one token, a text's, no inner dimension,
-# several; a rank beyond two blocks; and two layers of the bundled model.
+# One block of everything and more, ranks beyond two blocks, and layers of the bundled model.
 LINEAR = {
     "aligned": Use((32,), 64, 64, 16, 1),
     "ragged": Use((37,), 75, 130, 20, 2),
@@ -211,11 +210,7 @@ def test_nothing_to_do(run: Any, seed: int) -> None:
     given = Use((5,), 8, 8, 4, 2).make(3, torch.float32, seed)
     given["slots"].fill_(-1)
     given["y"][0, 0, :2] = torch.tensor([-0.0, torch.nan])
-    assert torch.equal(bits(apply(run, given)), bits(given["y"]))
-
-
-def bits(x: Tensor) -> Tensor:
-    return x.contiguous().view(torch.int32 if x.dtype == torch.float32 else torch.int16)
+    assert torch.equal(apply(run, given).view(torch.int32), given["y"].view(torch.int32))
 
 
 @ALL
@@ -285,18 +280,6 @@ def test_strides_change_no_bit(run: Any, name: str, dtype: torch.dtype, seed: in
             assert torch.equal(apply(run, {**given, key: layout(given[key])}), expected), key
         changed = {key: layout(given[key]) for key in NAMES}
         assert torch.equal(apply(run, {**given, **changed}), expected)
-
-
-def test_a_slot_that_the_bank_has_not(seed: int) -> None:
-    given = USES["ragged"].make(3, torch.float32, seed)
-    expected = apply(RUNS["triton"], given)
-    given["slots"][2, 1] = SLOTS
-    for name in ("op", "torch"):
-        with pytest.raises(RuntimeError, match=r"slots: expected .* up to 3, got 4"):
-            apply(RUNS[name], given)
-    out = apply(RUNS["triton"], given)
-    assert out[2].isnan().all()
-    assert torch.equal(out[:2], expected[:2])
 
 
 def config_of(given: Given, **changes: int) -> dict[str, int]:

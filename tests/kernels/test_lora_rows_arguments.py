@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from heatsink.kernels.lora_rows import lora_rows
 
+module = import_module("heatsink.kernels.lora_rows")
 Given = dict[str, Any]
 
 BANK: Given = {"b": torch.ones(4, 2, 4), "ranks": torch.ones(4, dtype=torch.int32)}
@@ -62,3 +64,18 @@ C: Given = {
 def test_bad_arguments(base: Given, given: Given, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         lora_rows(**{**base, **given})
+
+
+def test_a_slot_that_the_bank_has_not() -> None:
+    operands = (G["x"], G["a"], G["b"], torch.tensor([[0, 3], [1, 4]]), G["scales"])
+    with pytest.raises(RuntimeError, match=r"slots: expected .* up to 3, got 4"):
+        lora_rows(G["y"].clone(), *operands)
+    # PyTorch's implementation says so too; a device can't, and shows it in the row alone.
+    geometry = (None, 1, 1, 0, 0, 1, 1)
+    with pytest.raises(RuntimeError, match=r"slots: expected .* up to 3, got 4"):
+        module._lora_rows_torch(G["y"].clone(), *operands, *geometry)
+    y = G["y"].clone()
+    module._lora_rows_triton(y, *operands, *geometry)
+    assert y[1].isnan().all()
+    # Two adapters, two ranks, six channels, all ones.
+    assert torch.equal(y[0], torch.full((3, 4), 1.0 + 2 * 2 * 6))
