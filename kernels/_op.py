@@ -44,6 +44,8 @@ class Op:
         plan: `(config, inputs) -> (outputs, launches)`; allocates outputs and scratch.
         space: configurations worth trying, for a key and an architecture.
         smoke: names of the cases that together reach every kernel.
+        changes: the argument that the public function changes instead of returning something, or
+            empty; `plan` then works on a copy of it.
     """
 
     name: str
@@ -54,6 +56,24 @@ class Op:
     plan: Callable[..., tuple[Any, list[Launch]]]
     space: Callable[[Key, int], list[Config]]
     smoke: tuple[str, ...] = ()
+    changes: str = ""
+
+    def prepare(self, inputs: Inputs) -> Callable[[], Any]:
+        """A call of the public function that gives its outputs.
+
+        What it changes is a copy, made here: the first call gives the result, later ones go on from
+        it and take the same time.
+        """
+        if not self.changes:
+            return lambda: self.public(**inputs)
+        own = {**inputs, self.changes: inputs[self.changes].clone()}
+
+        def call() -> Tensor:
+            self.public(**own)
+            changed: Tensor = own[self.changes]
+            return changed
+
+        return call
 
 
 def normal(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:

@@ -4,6 +4,7 @@ Integer and bit-specified ops are in `exact`; float ops are in NumPy's float64, 
 with the same arguments as the op. Nothing here is optimised or imports PyTorch or Triton.
 """
 
+from heatsink.kernels.reference.adapters import lora_rows
 from heatsink.kernels.reference.attention import attention
 from heatsink.kernels.reference.exact import (
     FINGERPRINT_FORMATS,
@@ -38,6 +39,7 @@ __all__ = [
     "group_norm_silu",
     "guided_step",
     "layer_norm",
+    "lora_rows",
     "noise_word",
     "philox_4x32_10",
     "rms_norm",

@@ -1,0 +1,79 @@
+// AVX-512: a vector of 16 floats is one register.
+// Included where the instruction set was raised, after the standard headers and <immintrin.h>.
+#pragma once
+
+#include <cstdint>
+
+namespace heatsink {
+namespace {
+
+struct Avx512 {
+  using V = __m512;
+  static constexpr int kAccumulators = 16;
+  static constexpr int kGroups = 2;
+
+  static V load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, V a) { _mm512_storeu_ps(p, a); }
+  static V splat(float a) { return _mm512_set1_ps(a); }
+  static V add(V a, V b) { return _mm512_add_ps(a, b); }
+  static V sub(V a, V b) { return _mm512_sub_ps(a, b); }
+  static V mul(V a, V b) { return _mm512_mul_ps(a, b); }
+  static V div(V a, V b) { return _mm512_div_ps(a, b); }
+  static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+  static V max(V a, V b) { return _mm512_max_ps(a, b); }
+  static V where_equal(V a, V b, V yes, V no) {
+    return _mm512_mask_mov_ps(no, _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ), yes);
+  }
+  static V where_below(int64_t lane, V yes, V no) {
+    return _mm512_mask_mov_ps(no, static_cast<__mmask16>((1u << lane) - 1), yes);
+  }
+  static V times_power(V a, V shifted) {
+    const __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(shifted), 23);
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), exponent));
+  }
+  static V widen_half(const char* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static V widen_bfloat16(const char* p) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+  static void narrow_half(V a, char* p) {
+    const __m256i bits = _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bits);
+  }
+  static void narrow_bfloat16(V a, char* p) {
+    const __m512i bits = _mm512_castps_si512(a);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
+    const __m512i rounded =
+        _mm512_mask_mov_epi32(_mm512_srli_epi32(sum, 16), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q),
+                              _mm512_set1_epi32(0x7FC0));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(rounded));
+  }
+  static V gather(const float* p, int64_t pitch) {
+    __m512 a = _mm512_castps128_ps512(_mm_loadu_ps(p));
+    a = _mm512_insertf32x4(a, _mm_loadu_ps(p + 4 * pitch), 1);
+    a = _mm512_insertf32x4(a, _mm_loadu_ps(p + 8 * pitch), 2);
+    return _mm512_insertf32x4(a, _mm_loadu_ps(p + 12 * pitch), 3);
+  }
+  static void scatter(float* p, int64_t pitch, V a) {
+    _mm_storeu_ps(p, _mm512_castps512_ps128(a));
+    _mm_storeu_ps(p + 4 * pitch, _mm512_extractf32x4_ps(a, 1));
+    _mm_storeu_ps(p + 8 * pitch, _mm512_extractf32x4_ps(a, 2));
+    _mm_storeu_ps(p + 12 * pitch, _mm512_extractf32x4_ps(a, 3));
+  }
+  static void transpose(V (&a)[4]) {
+    const __m512d t0 = _mm512_castps_pd(_mm512_unpacklo_ps(a[0], a[1]));
+    const __m512d t1 = _mm512_castps_pd(_mm512_unpackhi_ps(a[0], a[1]));
+    const __m512d t2 = _mm512_castps_pd(_mm512_unpacklo_ps(a[2], a[3]));
+    const __m512d t3 = _mm512_castps_pd(_mm512_unpackhi_ps(a[2], a[3]));
+    a[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(t0, t2));
+    a[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(t0, t2));
+    a[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(t1, t3));
+    a[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(t1, t3));
+  }
+};
+
+}  // namespace
+}  // namespace heatsink

@@ -1,0 +1,176 @@
+// Plain C++: a vector of 16 floats is an array, and every operation gives the bits of the others'.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "attention.h"
+
+namespace heatsink {
+namespace {
+
+// a * b + c with one rounding, as every kernel's fma gives it.
+inline float fused(float a, float b, float c) {
+#ifdef __FP_FAST_FMAF
+  return __builtin_fmaf(a, b, c);
+#else
+  // The product is exact in double. If the sum is not, its last bit is made odd, so that rounding
+  // it to float rounds the exact sum: double has more than two bits more than twice float's.
+  const double product = static_cast<double>(a) * static_cast<double>(b);
+  const double addend = static_cast<double>(c);
+  const double sum = product + addend;
+  const double part = sum - product;
+  const double lost = (product - (sum - part)) + (addend - part);
+  int64_t bits;
+  std::memcpy(&bits, &sum, sizeof bits);
+  const bool away = (lost > 0.0) == (sum > 0.0);
+  const bool inexact = (lost > 0.0) | (lost < 0.0);
+  bits += inexact && (bits & 1) == 0 ? (away ? 1 : -1) : 0;
+  double odd;
+  std::memcpy(&odd, &bits, sizeof odd);
+  return static_cast<float>(odd);
+#endif
+}
+
+template <typename To, typename From>
+To bits_as(From from) {
+  To to;
+  static_assert(sizeof to == sizeof from);
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+inline float float_of_bfloat16(uint16_t x) { return bits_as<float>(uint32_t{x} << 16); }
+
+inline uint16_t bfloat16_of(float x) {
+  const uint32_t bits = bits_as<uint32_t>(x);
+  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  return static_cast<uint16_t>(x != x ? 0x7FC0u : rounded);
+}
+
+inline float float_of_half(uint16_t x) {
+  const uint32_t magnitude = x & 0x7FFFu;
+  const uint32_t sign = (x & 0x8000u) << 16;
+  if (magnitude < 0x400u) {
+    const float small = static_cast<float>(magnitude) * 0x1p-24f;
+    return bits_as<float>(bits_as<uint32_t>(small) | sign);
+  }
+  const uint32_t rebias = magnitude >= 0x7C00u ? 224u << 23 : 112u << 23;
+  return bits_as<float>(((magnitude << 13) + rebias) | sign);
+}
+
+inline uint16_t half_of(float x) {
+  const uint32_t bits = bits_as<uint32_t>(x);
+  const uint32_t magnitude = bits & 0x7FFFFFFFu;
+  const uint32_t sign = bits >> 16 & 0x8000u;
+  uint32_t half = 0x7C00u;
+  if (magnitude > 0x7F800000u) {
+    half = 0x7E00u | (magnitude >> 13 & 0x3FFu);
+  } else if (magnitude < 0x38800000u) {
+    // One half's last place is that of subnormal fp16, so the addition does the rounding.
+    half = bits_as<uint32_t>(bits_as<float>(magnitude) + 0.5f) - 0x3F000000u;
+  } else if (magnitude < 0x477FF000u) {
+    half = (magnitude + 0xFFFu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
+  }
+  return static_cast<uint16_t>(half | sign);
+}
+
+struct Portable {
+  struct V {
+    float lane[kLanes];
+  };
+  static constexpr int kAccumulators = 4;
+  static constexpr int kGroups = 1;
+
+  template <typename F>
+  static V map(F f) {
+    V out;
+    for (int64_t i = 0; i < kLanes; ++i) {
+      out.lane[i] = f(i);
+    }
+    return out;
+  }
+  static V load(const float* p) {
+    return map([&](int64_t i) { return p[i]; });
+  }
+  static void store(float* p, const V& a) { std::memcpy(p, a.lane, sizeof a.lane); }
+  static V splat(float a) {
+    return map([&](int64_t) { return a; });
+  }
+  static V add(const V& a, const V& b) {
+    return map([&](int64_t i) { return a.lane[i] + b.lane[i]; });
+  }
+  static V sub(const V& a, const V& b) {
+    return map([&](int64_t i) { return a.lane[i] - b.lane[i]; });
+  }
+  static V mul(const V& a, const V& b) {
+    return map([&](int64_t i) { return a.lane[i] * b.lane[i]; });
+  }
+  static V div(const V& a, const V& b) {
+    return map([&](int64_t i) { return a.lane[i] / b.lane[i]; });
+  }
+  static V fma(const V& a, const V& b, const V& c) {
+    return map([&](int64_t i) { return fused(a.lane[i], b.lane[i], c.lane[i]); });
+  }
+  static V max(const V& a, const V& b) {
+    return map([&](int64_t i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+  }
+  static V where_equal(const V& a, const V& b, const V& yes, const V& no) {
+    return map([&](int64_t i) { return a.lane[i] == b.lane[i] ? yes.lane[i] : no.lane[i]; });
+  }
+  static V where_below(int64_t lane, const V& yes, const V& no) {
+    return map([&](int64_t i) { return i < lane ? yes.lane[i] : no.lane[i]; });
+  }
+  static V times_power(const V& a, const V& shifted) {
+    uint32_t bits[kLanes];
+    uint32_t exponents[kLanes];
+    std::memcpy(bits, a.lane, sizeof bits);
+    std::memcpy(exponents, shifted.lane, sizeof exponents);
+    for (int64_t i = 0; i < kLanes; ++i) {
+      bits[i] += exponents[i] << 23;
+    }
+    V out;
+    std::memcpy(out.lane, bits, sizeof bits);
+    return out;
+  }
+  static uint16_t element(const char* p, int64_t i) {
+    uint16_t x;
+    std::memcpy(&x, p + 2 * i, sizeof x);
+    return x;
+  }
+  static V widen_half(const char* p) {
+    return map([&](int64_t i) { return float_of_half(element(p, i)); });
+  }
+  static V widen_bfloat16(const char* p) {
+    return map([&](int64_t i) { return float_of_bfloat16(element(p, i)); });
+  }
+  static void narrow_half(const V& a, char* p) {
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const uint16_t x = half_of(a.lane[i]);
+      std::memcpy(p + 2 * i, &x, sizeof x);
+    }
+  }
+  static void narrow_bfloat16(const V& a, char* p) {
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const uint16_t x = bfloat16_of(a.lane[i]);
+      std::memcpy(p + 2 * i, &x, sizeof x);
+    }
+  }
+  static V gather(const float* p, int64_t pitch) {
+    return map([&](int64_t i) { return p[i / 4 * 4 * pitch + i % 4]; });
+  }
+  static void scatter(float* p, int64_t pitch, const V& a) {
+    for (int64_t i = 0; i < kLanes; ++i) {
+      p[i / 4 * 4 * pitch + i % 4] = a.lane[i];
+    }
+  }
+  static void transpose(V (&a)[4]) {
+    const V b[4] = {a[0], a[1], a[2], a[3]};
+    for (int64_t row = 0; row < 4; ++row) {
+      a[row] = map([&](int64_t i) { return b[i % 4].lane[i / 4 * 4 + row]; });
+    }
+  }
+};
+
+}  // namespace
+}  // namespace heatsink
