@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-namespace heatsink {
+#include "lanes.h"
 
-enum class Element { Float, Half, BFloat16 };
+namespace heatsink {
 
 // Strides in elements. For the bias, `token` walks along the queries and `channel` along the keys.
 struct Operand {
@@ -25,13 +25,10 @@ struct Attention {
   bool causal;
 };
 
-constexpr int64_t kLanes = 16;  // queries worked on side by side, whatever the registers' width
 // Sums go over this many keys or channels before they are added to what came before: long sums
 // would lose digits. The bits depend on both.
 constexpr int64_t kKeyBlock = 128;
 constexpr int64_t kChannelBlock = 64;
-
-constexpr int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
 // Distance of rows of `channels` floats in scratch; the odd number of cache lines of long ones
 // spreads them over the sets of a cache.
@@ -50,8 +47,7 @@ inline int64_t scratch_floats(const Attention& a) {
 using AttentionKernel = void (*)(const Attention&, int64_t begin, int64_t end, float* scratch);
 void attention_portable(const Attention& a, int64_t begin, int64_t end, float* scratch);
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define HEATSINK_X86_KERNELS
+#ifdef HEATSINK_X86_KERNELS
 void attention_avx2(const Attention& a, int64_t begin, int64_t end, float* scratch);
 void attention_avx512(const Attention& a, int64_t begin, int64_t end, float* scratch);
 #endif

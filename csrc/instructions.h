@@ -8,7 +8,7 @@
 #include <utility>
 #include <vector>
 
-#include "attention.h"
+#include "lanes.h"
 
 namespace heatsink {
 

@@ -1,8 +1,10 @@
-// AVX2 and FMA: a vector of 16 floats is two registers.
-// Included where the instruction set was raised, after the standard headers and <immintrin.h>.
+// Vectors of 16 floats in AVX2 and FMA: two registers.
+//
+// Included where the instruction set was raised, after <immintrin.h>; no standard header here.
+
 #pragma once
 
-#include <cstdint>
+#include "lanes.h"
 
 namespace heatsink {
 namespace {
@@ -13,6 +15,8 @@ struct Avx2 {
   };
   static constexpr int kAccumulators = 4;
   static constexpr int kGroups = 1;
+  static constexpr int kRows = 4;  // of a merge, with one vector each
+  static constexpr int kVectors = 1;
 
   static V load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
   static void store(float* p, V a) {
@@ -74,6 +78,14 @@ struct Avx2 {
     const __m256i packed = _mm256_packus_epi32(rounded(a.low), rounded(a.high));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xD8));
   }
+  // Copies a multiple of 32 bytes to an address that is one too, past the caches.
+  static void stream(const char* from, char* to, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 32) {
+      const __m256i part = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i));
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i), part);
+    }
+  }
+  static void fence() { _mm_sfence(); }
   static V gather(const float* p, int64_t pitch) {
     return {_mm256_loadu2_m128(p + 4 * pitch, p),
             _mm256_loadu2_m128(p + 12 * pitch, p + 8 * pitch)};

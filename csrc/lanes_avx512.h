@@ -1,8 +1,10 @@
-// AVX-512: a vector of 16 floats is one register.
-// Included where the instruction set was raised, after the standard headers and <immintrin.h>.
+// Vectors of 16 floats in AVX-512: one register.
+//
+// Included where the instruction set was raised, after <immintrin.h>; no standard header here.
+
 #pragma once
 
-#include <cstdint>
+#include "lanes.h"
 
 namespace heatsink {
 namespace {
@@ -11,6 +13,8 @@ struct Avx512 {
   using V = __m512;
   static constexpr int kAccumulators = 16;
   static constexpr int kGroups = 2;
+  static constexpr int kRows = 8;  // of a merge, with two vectors each
+  static constexpr int kVectors = 2;
 
   static V load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, V a) { _mm512_storeu_ps(p, a); }
@@ -51,6 +55,14 @@ struct Avx512 {
                               _mm512_set1_epi32(0x7FC0));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(rounded));
   }
+  // Copies a multiple of 32 bytes to an address that is one too, past the caches.
+  static void stream(const char* from, char* to, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 32) {
+      const __m256i part = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i));
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i), part);
+    }
+  }
+  static void fence() { _mm_sfence(); }
   static V gather(const float* p, int64_t pitch) {
     __m512 a = _mm512_castps128_ps512(_mm_loadu_ps(p));
     a = _mm512_insertf32x4(a, _mm_loadu_ps(p + 4 * pitch), 1);

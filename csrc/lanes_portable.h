@@ -1,10 +1,11 @@
-// Plain C++: a vector of 16 floats is an array, and every operation gives the bits of the others'.
+// Vectors of 16 floats in plain C++.
+
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#include "attention.h"
+#include "lanes.h"
 
 namespace heatsink {
 namespace {
@@ -81,6 +82,8 @@ struct Portable {
   };
   static constexpr int kAccumulators = 4;
   static constexpr int kGroups = 1;
+  static constexpr int kRows = 4;  // of a merge, with one vector each
+  static constexpr int kVectors = 1;
 
   template <typename F>
   static V map(F f) {
@@ -156,6 +159,10 @@ struct Portable {
       std::memcpy(p + 2 * i, &x, sizeof x);
     }
   }
+  static void stream(const char* from, char* to, int64_t bytes) {
+    std::memcpy(to, from, static_cast<size_t>(bytes));
+  }
+  static void fence() {}
   static V gather(const float* p, int64_t pitch) {
     return map([&](int64_t i) { return p[i / 4 * 4 * pitch + i % 4]; });
   }

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from heatsink.kernels.group_norm_silu import group_norm_silu
     from heatsink.kernels.guided_step import guided_step
     from heatsink.kernels.layer_norm import layer_norm
+    from heatsink.kernels.lora_merge import lora_merge
     from heatsink.kernels.lora_rows import lora_rows
     from heatsink.kernels.noise import normal
     from heatsink.kernels.rms_norm import rms_norm
@@ -39,6 +40,7 @@ __all__ = [
     "guided_step",
     "layer_norm",
     "load",
+    "lora_merge",
     "lora_rows",
     "normal",
     "rms_norm",

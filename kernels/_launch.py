@@ -79,6 +79,7 @@ class Launch:
         constants: the `tl.constexpr` parameters.
         warps: warps of a program.
         stages: depth of the software pipeline.
+        kept: what must not be freed before it runs: tensors whose addresses its arguments hold.
     """
 
     kernel: Kernel
@@ -87,6 +88,7 @@ class Launch:
     constants: Mapping[str, Any] = field(default_factory=dict)
     warps: int = 4
     stages: int = 2
+    kept: Any = field(default=None, compare=False, repr=False)
 
     def signature(self) -> dict[str, str]:
         """Each parameter's type as Triton specialises it: `*fp16:16`, `i32:16`, `i32`, `=1`.

@@ -46,6 +46,8 @@ class Op:
         smoke: names of the cases that together reach every kernel.
         changes: the argument that the public function changes instead of returning something, or
             empty; `plan` then works on a copy of it.
+        outputs: what a call gave, from the arguments and what the public function returned; of an
+            op whose results do not depend on what was there, so that no copy is needed.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Op:
     plan: Callable[..., tuple[Any, list[Launch]]]
     space: Callable[[Key, int], list[Config]]
     smoke: tuple[str, ...] = ()
+    outputs: Callable[[Inputs, Any], Any] = lambda inputs, result: result
     changes: str = ""
 
     def prepare(self, inputs: Inputs) -> Callable[[], Any]:
@@ -65,7 +68,7 @@ class Op:
         it and take the same time.
         """
         if not self.changes:
-            return lambda: self.public(**inputs)
+            return lambda: self.outputs(inputs, self.public(**inputs))
         own = {**inputs, self.changes: inputs[self.changes].clone()}
 
         def call() -> Tensor:

@@ -15,6 +15,7 @@ MODULES = (
     "group_norm_silu",
     "guided_step",
     "layer_norm",
+    "lora_merge",
     "lora_rows",
     "noise",
     "rms_norm",

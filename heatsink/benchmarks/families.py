@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from heatsink.benchmarks import adapters, attention, gates, norms, steps
+from heatsink.benchmarks import adapters, attention, gates, merges, norms, steps
 from heatsink.benchmarks.family import Family
 
 FAMILIES: dict[str, Family] = {
@@ -11,4 +11,5 @@ FAMILIES: dict[str, Family] = {
     **norms.FAMILIES,
     **gates.FAMILIES,
     **steps.FAMILIES,
+    **merges.FAMILIES,
 }

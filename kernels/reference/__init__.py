@@ -18,6 +18,9 @@ from heatsink.kernels.reference.gates import (
     geglu,
     silu_mul,
 )
+from heatsink.kernels.reference.merges import (
+    lora_merge,
+)
 from heatsink.kernels.reference.norms import (
     group_norm_silu,
     layer_norm,
@@ -39,6 +42,7 @@ __all__ = [
     "group_norm_silu",
     "guided_step",
     "layer_norm",
+    "lora_merge",
     "lora_rows",
     "noise_word",
     "philox_4x32_10",
