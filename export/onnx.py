@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from heatsink.export.onnx_ports import adapter_port
 from heatsink.runtime.errors import NotBuilt, ResourceError
 from heatsink.runtime.graph.graph import BATCH, Graph, TensorSpec
+from heatsink.runtime.graph.port_op import ADAPTER_PORT
 from heatsink.runtime.graph.program import to_program
 from heatsink.runtime.graph.weight import Origin, Weight
 
@@ -72,7 +74,7 @@ def to_onnx(
         raise NotBuilt(f"ONNX opset {opset} is too old: at least {MIN_OPSET} is needed")
     model = _translate(graph, opset, fused_group_norm)
     _keep_paths(model)
-    _name_batch(model, graph)
+    _name_sizes(model, graph)
     _optimise(model)
     _literals_to_nodes(model, graph)
     _inherit_paths(model)
@@ -93,7 +95,9 @@ def _translate(graph: Graph, opset: int, fused_group_norm: bool) -> Any:
     import torch
 
     table: dict[Callable[..., Any], Callable[..., Any]]
-    table = {} if fused_group_norm else {torch.ops.aten.group_norm.default: _group_norm(opset)}
+    table = {ADAPTER_PORT: adapter_port(opset)}
+    if not fused_group_norm:
+        table[torch.ops.aten.group_norm.default] = _group_norm(opset)
     program = to_program(graph)
     with _quiet():
         try:
@@ -178,14 +182,17 @@ def _keep_paths(model: Any) -> None:
     model.graph.name = "graph"
 
 
-def _name_batch(model: Any, graph: Graph) -> None:
-    """Rename torch's symbol to `batch` wherever a shape says it."""
+def _name_sizes(model: Any, graph: Graph) -> None:
+    """Rename torch's symbols to the names the inputs give them (`batch`), wherever a shape says it."""
     import onnx_ir as ir
 
-    symbols = {str(symbol) for symbol in graph.ranges}
+    names = {str(symbol): BATCH for symbol in graph.ranges}
+    for node, spec in zip(graph.input_nodes(), graph.inputs.values(), strict=True):
+        sizes = zip(node.meta["val"].shape, spec.shape, strict=True)
+        names |= {str(size): name for size, name in sizes if isinstance(name, str)}
 
     def renamed(size: Any) -> Any:
-        return BATCH if str(getattr(size, "value", size)) in symbols else size
+        return names.get(str(getattr(size, "value", size)), size)
 
     values = [*model.graph.inputs, *(v for node in model.graph for v in node.outputs)]
     for value in values:
@@ -204,6 +211,8 @@ def _optimise(model: Any) -> None:
     for value in model.graph.initializers.values():
         value.const_value = None
     common.InlinePass()(model)
+    # Before constants are folded into tensors of their own, which no longer compare as equal.
+    common.CommonSubexpressionEliminationPass()(model)
     fold_constants_ir(model, input_size_limit=_FOLD_LIMIT, output_size_limit=_FOLD_LIMIT)
     steps: Sequence[Any] = (
         common.RemoveUnusedNodesPass(),
