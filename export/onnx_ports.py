@@ -80,23 +80,27 @@ class _Bank:
     def __init__(
         self, op: Any, rows: Any, slots: Any, scales: Any, rank: int, bank_slots: int
     ) -> None:
-        self._op, self._rows, self._rank, self._bank_slots = op, rows, rank, bank_slots
+        self._op, self._rank, self._bank_slots = op, rank, bank_slots
+        # Every size is spelled out, for there may be no rows: then none can be inferred.
+        self._count = op.Shape(rows)
+        self._width = op.Shape(slots, start=1)
         absent = op.Less(slots, op.Constant(value_int=0))
         self._slots = op.Where(absent, _slice(op, slots, (1,), (0,), (1,), (1,)), slots)
         self._scales = op.Where(absent, op.Constant(value_float=0.0), scales)
 
-    def shape(self, *sizes: int) -> Any:
-        """A shape that begins with the number of rows with adapters."""
-        return self._op.Concat(
-            self._op.Shape(self._rows), self._op.Constant(value_ints=list(sizes)), axis=0
-        )
+    def shape(self, taps: int, *sizes: int) -> Any:
+        """The shape `(adapted, n * rank * taps, *sizes)`."""
+        op = self._op
+        width = op.Mul(self._width, op.Constant(value_ints=[self._rank * taps]))
+        rest = [op.Constant(value_ints=list(sizes))] if sizes else []
+        return op.Concat(self._count, width, *rest, axis=0)
 
     def scales(self) -> Any:
         """`(adapted, n * rank, 1)`."""
         op = self._op
         wide = op.Unsqueeze(self._scales, op.Constant(value_ints=[2]))
         wide = op.Expand(wide, op.Constant(value_ints=[1, 1, self._rank]))
-        return op.Reshape(wide, self.shape(-1, 1))
+        return op.Reshape(wide, self.shape(1, 1))
 
     def part(self, tensor: Any, port: int, width: int, taps: int) -> Any:
         """`(adapted, n * rank * taps, width)`; of every rank the last tap comes first."""
@@ -106,7 +110,7 @@ class _Bank:
         index = op.Mul(self._slots, op.Constant(value_int=length))
         index = op.Unsqueeze(index, op.Constant(value_ints=[2]))
         index = op.Add(index, op.Constant(value_ints=steps))
-        index = op.Reshape(index, self.shape(-1))
+        index = op.Reshape(index, self.shape(taps))
         if port:
             index = op.Add(index, op.Constant(value_int=port * self._bank_slots * length))
         matrix = op.Reshape(tensor, op.Constant(value_ints=[-1, width]))
@@ -163,7 +167,7 @@ class _Image:
             dilations=self._dilation,
             pads=self._margin * 2,
         )
-        return op.Reshape(shifted, self._bank.shape(-1, math.prod(sizes)))
+        return op.Reshape(shifted, self._bank.shape(1, math.prod(sizes)))
 
     def _windows(self, picked: Any, sizes: Sequence[int]) -> Any:
         """`(adapted, kh * kw * in, H', W')`."""

@@ -41,6 +41,7 @@ def build(
     precision: flags.Precision = "fp32",
     fuse: flags.Fuse = None,
     adapters: flags.Adapters = "",
+    ports: flags.Ports = "all",
     controlnet: flags.ControlNet = "",
     arch: flags.Arch = "",
     opset: flags.Opset = 0,
@@ -50,7 +51,7 @@ def build(
     quiet: flags.Quiet = False,
 ) -> None:
     """Build an engine folder out of a model."""
-    for flag, value in (("adapters", adapters), ("controlnet", controlnet), ("arch", arch)):
+    for flag, value in (("controlnet", controlnet), ("arch", arch)):
         if value:
             raise NotBuilt(f"--{flag} {value}: not built yet by this version")
     fields: dict[str, Any] = {
@@ -59,6 +60,8 @@ def build(
         "size": flags.parse_size(size),
         "precision": precision,
         "fuse": tuple(flags.parse_adapter(text) for text in fuse or ()),
+        "adapters": flags.parse_ports(adapters),
+        "ports": ports,
         "strict": strict,
         "opset": opset or None,
     }
