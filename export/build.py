@@ -55,7 +55,7 @@ class Options:
         fuse: adapter files, each with a scale, merged into the weights.
         strict: batch sizes that change a row's bits are not used.
         opset: of the ONNX files; None takes the exporter's default.
-        adapters: (slots, rank) of adapter ports on the UNet and the text encoders; None builds none.
+        adapters: (slots, rank) of adapter ports on the UNet and the text encoders; None: no ports.
         ports: which of their layers get ports: "all" linears and convolutions, "linear" ones, or
             the linear projections of "attention".
     """

@@ -178,9 +178,9 @@ class PortedGraph(_Section):
     """A component's graph with adapter ports, beside the one without, whose weights it shares.
 
     `counts` are the numbers of adapters that a row's inputs may have room for (a row with fewer
-    has -1 in the rest); `refused_counts` are those that gave a row other bits. `known` is of a probe
-    whose rows have adapters of a seeded bank. Where `twin` is false, rows without adapters get other
-    bits in the graph without ports, so that it is never run.
+    has -1 in the rest); `refused_counts` are those that gave a row other bits. `known` is of a
+    probe whose rows have adapters of a seeded bank. Where `twin` is false, rows without adapters
+    get other bits in the graph without ports, so that it is never run.
     """
 
     graph: str

@@ -195,7 +195,7 @@ def _keep_paths(model: Any) -> None:
 
 
 def _name_sizes(model: Any, graph: Graph) -> None:
-    """Rename torch's symbols to the names the inputs give them (`batch`), wherever a shape says it."""
+    """Rename torch's symbols to the inputs' names for them (`batch`), wherever a shape says one."""
     import onnx_ir as ir
 
     names = {str(symbol): BATCH for symbol in graph.ranges}

@@ -1,9 +1,9 @@
 """Measures with how many adapters, and in which batch sizes, a graph with ports is exact.
 
-A row's bits may depend neither on the rows beside it, nor on their adapters, nor on how many adapters
-the inputs have room for, nor on which slots hold the row's own. A seeded probe is run in every
-bucket with room for 1, 2 and 4 adapters, each time with rows at other places and adapters in other
-slots. Rows of it without adapters must answer as in the graph without ports.
+A row's bits may depend neither on the rows beside it, nor on their adapters, nor on how many
+adapters the inputs have room for, nor on which slots hold the row's own. A seeded probe is run in
+every bucket with room for 1, 2 and 4 adapters, each time with rows at other places and adapters in
+other slots. Rows of it without adapters must answer as in the graph without ports.
 """
 
 from __future__ import annotations
@@ -68,11 +68,13 @@ def port_inputs(mixes: Sequence[Sequence[tuple[int, float]]], room: int) -> dict
 
 
 def _places(room: int, bucket: int) -> list[int]:
-    """Which rows of the probe are run, by place: another order for each room."""
+    """Which rows of the probe are run, by place: in another order, or with half of them new."""
     half = bucket // 2
     if room == COUNTS[0]:
         return list(range(bucket))
-    return list(range(half, half + bucket)) if room == COUNTS[1] else list(range(bucket))[::-1]
+    if room == COUNTS[1]:
+        return [*range(half, bucket), *range(half)]
+    return list(range(half, half + bucket))[::-1]
 
 
 def _slots(layout: PortLayout, room: int) -> list[int]:

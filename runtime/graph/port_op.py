@@ -58,7 +58,9 @@ def _adapter_port(
         port: which port's rows of them.
         bank_slots: slots of the bank.
         kernel: `(kh, kw)` of a convolution, empty for a linear.
-        stride, padding, dilation: of a convolution.
+        stride: of a convolution, as the next two.
+        padding: zeros around the image.
+        dilation: distance of the taps.
         first: the first of y's outputs that gets a term.
         part: the first of b's outputs that is used.
         part_rows: how many are.

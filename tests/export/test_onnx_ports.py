@@ -123,9 +123,7 @@ def test_more_room_changes_no_bit(tmp_path: Path, seed: int) -> None:
     torch.manual_seed(seed)
     for make, shape in (LAYERS["linear"], LAYERS["3x3"]):
         net = Net(make())
-        layout, ported = ported_of(
-            graph_of(net, shape), {"layer": tuple(net.layer.weight.shape)}
-        )
+        layout, ported = ported_of(graph_of(net, shape), {"layer": tuple(net.layer.weight.shape)})
         session = OnnxRuntimeSession("net", to_onnx(ported, tmp_path / "net.onnx").path, threads=1)
         given = inputs_of(layout, torch.randn(3, *shape), [1], 1, seed)
         arrays = {name: value.numpy() for name, value in given.items()}

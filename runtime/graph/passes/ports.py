@@ -12,8 +12,8 @@ Rules:
    known by its origins: rows of several modules get a port each, rows that were multiplied by a
    number get it too, and what can't be followed is refused (`port_places`).
 2. The new inputs are `adapter_rows` `(adapted,)`, the rows with adapters; for these alone
-   `adapter_slots` and `adapter_scales` `(adapted, n)`, whose first slot is one and later ones may be
-   -1; and the bank's tensors. No other row is touched: a row without adapters keeps its bits.
+   `adapter_slots` and `adapter_scales` `(adapted, n)`, whose first slot is one and later ones may
+   be -1; and the bank's tensors. No other row is touched: a row without adapters keeps its bits.
 """
 
 from __future__ import annotations

@@ -45,9 +45,7 @@ def layout_of(module: nn.Module) -> PortLayout:
 
 def bank_of(layout: PortLayout, seed: int) -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(seed)
-    return {
-        name: torch.randn(shape, generator=draw) / 2 for name, shape in layout.shapes().items()
-    }
+    return {name: torch.randn(shape, generator=draw) / 2 for name, shape in layout.shapes().items()}
 
 
 def port_inputs(
