@@ -2,8 +2,8 @@
 
 A row's bits may depend neither on the rows beside it, nor on their adapters, nor on how many
 adapters the inputs have room for, nor on which slots hold the row's own. A seeded probe is run in
-every bucket with room for 1, 2 and 4 adapters, each time with rows at other places and adapters in
-other slots. Rows of it without adapters must answer as in the graph without ports.
+every bucket with room for 1, 2 and 4 adapters (4 twice), each time with rows at other places and
+adapters in other slots. Rows of it without adapters must answer as in the graph without ports.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from heatsink.runtime.port_layout import ROWS_INPUT, SCALES_INPUT, SLOTS_INPUT, 
 
 COUNTS = (1, 2, 4)
 # How many adapters the probe's rows have, in turn, where there is room for them.
-_OWN = (1, 0, 2, 4)
+_OWN = (1, 0, 4, 2, 1, 1, 0, 1)
 # Deviation of a bank's values: each layer's term is seen, and none drowns the layer.
 _SPREAD = 0.03
 _SEEDED = 1 << 20
@@ -67,20 +67,22 @@ def port_inputs(mixes: Sequence[Sequence[tuple[int, float]]], room: int) -> dict
     return {ROWS_INPUT: np.array(adapted, np.int64), SLOTS_INPUT: slots, SCALES_INPUT: scales}
 
 
-def _places(room: int, bucket: int) -> list[int]:
-    """Which rows of the probe are run, by place: in another order, or with half of them new."""
-    half = bucket // 2
-    if room == COUNTS[0]:
-        return list(range(bucket))
-    if room == COUNTS[1]:
-        return [*range(half, bucket), *range(half)]
-    return list(range(half, half + bucket))[::-1]
+def _runs(bucket: int) -> list[tuple[int, int, list[int]]]:
+    """Room, a shift of the adapters' slots, and the rows of the probe by place, for each run."""
+    half, shift = bucket // 2, bucket.bit_length()
+    plain = list(range(bucket))
+    return [
+        (1, shift, plain),
+        (2, shift + 1, [*plain[half:], *plain[:half]]),
+        (4, shift + 2, list(range(half, half + bucket))[::-1]),
+        (4, shift + 3, plain),
+    ]
 
 
-def _slots(layout: PortLayout, room: int) -> list[int]:
-    """The slots of the probe's adapters: other ones for each room."""
+def _slots(layout: PortLayout, shift: int) -> list[int]:
+    """The slots of the probe's adapters."""
     contents = min(layout.slots, max(COUNTS))
-    return [(content + COUNTS.index(room)) % layout.slots for content in range(contents)]
+    return [(content + shift) % layout.slots for content in range(contents)]
 
 
 def _answer(
@@ -117,31 +119,29 @@ def measure(
         progress: called with the runs done and in all.
 
     Raises:
-        EngineMismatch: no two runs agree.
+        EngineMismatch: no batch size gives a row the same bits at another place.
     """
     values = probe(inputs, largest + largest // 2, PROBE_SEED)
     sizes = bucket_sizes(largest)
-    found: dict[tuple[int, int], Answers] = {}
-    for done, (bucket, room) in enumerate(itertools.product(sizes, COUNTS)):
-        rows, slots = _places(room, bucket), _slots(layout, room)
+    plan = [(bucket, *run) for bucket in sizes for run in _runs(bucket)]
+    found: dict[tuple[int, int], list[Answers]] = {}
+    for done, (bucket, room, shift, rows) in enumerate(plan):
+        slots = _slots(layout, shift)
         fingerprints = _answer(session, layout, values, rows, room, slots, PROBE_SEED)
-        own = [len(uses(row, room, len(slots))) for row in rows]
-        found[bucket, room] = dict(zip(zip(rows, own, strict=True), fingerprints, strict=True))
+        keys = [(row, len(uses(row, room, len(slots)))) for row in rows]
+        found.setdefault((bucket, room), []).append(dict(zip(keys, fingerprints, strict=True)))
         if progress:
-            progress(done + 1, len(sizes) * len(COUNTS))
+            progress(done + 1, len(plan))
     counts, buckets = _agreeing(found, sizes)
     room, bucket = max(counts), max(buckets)
-    slots = _slots(layout, room)
-    answers = _answer(session, layout, values, range(bucket), room, slots, PROBE_SEED)
-    if any(
-        found[bucket, room].get((row, len(uses(row, room, len(slots)))), answer) != answer
-        for row, answer in enumerate(answers)
-    ):
+    answers = _answer(session, layout, values, range(bucket), room, _slots(layout, 0), PROBE_SEED)
+    last = {(row, len(uses(row, room, layout.slots))): text for row, text in enumerate(answers)}
+    if not all(_agree(last, run) for run in found[bucket, room]):
         raise EngineMismatch(
-            f"{session.name}: a row with adapters gets other bits at another place in a batch of "
-            f"{bucket}; build with --fast to do without exactness"
+            f"{session.name}: no batch size up to {largest} gives a row with adapters the same "
+            "bits at another place; build with --fast to do without exactness"
         )
-    plain = [row for row in range(bucket) if not uses(row, room, len(slots))]
+    plain = [row for row in range(bucket) if not uses(row, room, layout.slots)]
     agrees = all(twin.answers[row] == answers[row] for row in plain if row < len(twin.answers))
     known = KnownAnswer(
         buckets=buckets,
@@ -157,16 +157,16 @@ def _agree(first: Answers, second: Answers) -> bool:
 
 
 def _agreeing(
-    found: Mapping[tuple[int, int], Answers], sizes: Sequence[int]
+    found: Mapping[tuple[int, int], Sequence[Answers]], sizes: Sequence[int]
 ) -> tuple[list[int], list[int]]:
     """The most pairs of count and bucket that agree, every count with every bucket."""
-    choices = []
+    choices: list[tuple[tuple[int, int, int], list[int], list[int]]] = []
     for length in range(1, len(COUNTS) + 1):
         for counts in itertools.combinations(COUNTS, length):
             for top in sizes:
                 buckets: list[int] = []
                 for bucket in [top, *(size for size in sizes[::-1] if size < top)]:
-                    runs = [found[b, n] for b in [*buckets, bucket] for n in counts]
+                    runs = [run for b in [*buckets, bucket] for n in counts for run in found[b, n]]
                     if all(_agree(a, b) for a, b in itertools.combinations(runs, 2)):
                         buckets.append(bucket)
                 if buckets:
@@ -191,7 +191,7 @@ def check(
     """
     room = max(counts)
     values = probe(inputs, bucket, known.probe_seed)
-    slots = _slots(layout, room)
+    slots = _slots(layout, 0)
     found = _answer(session, layout, values, range(bucket), room, slots, known.probe_seed)
     wrong = [row for row in range(bucket) if found[row] != known.answers[row]]
     if wrong:

@@ -1,4 +1,4 @@
-"""Graphs with adapter ports in ONNX Runtime: the same results, the same weights' file, exact rows."""
+"""Graphs with adapter ports in ONNX Runtime: same results, one file of weights, exact rows."""
 
 from __future__ import annotations
 

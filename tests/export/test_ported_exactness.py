@@ -74,7 +74,7 @@ def test_an_exact_graph_runs_with_every_room_and_bucket() -> None:
     assert known.buckets == [1, 2, 4, 8]
     assert known.refused == []
     assert agrees
-    assert seen == [(done + 1, 12) for done in range(12)]
+    assert seen == [(done + 1, 16) for done in range(16)]
     assert set(session.runs) == {(bucket, room) for bucket in (1, 2, 4, 8) for room in COUNTS}
     for bucket in known.buckets:
         check(FakeSession(), SPECS, LAYOUT, counts, known, bucket)
@@ -117,7 +117,7 @@ def test_a_graph_that_adds_a_neighbours_adapter_is_found() -> None:
     counts, known, agrees = measure(Mixed(), SPECS, LAYOUT, 4, twin(4))
     assert known.buckets == [1]
     assert counts == [1, 2, 4]
-    assert agrees is True
+    assert agrees
 
 
 def test_a_graph_that_reads_the_slots_number_is_found() -> None:
@@ -129,9 +129,9 @@ def test_a_graph_that_reads_the_slots_number_is_found() -> None:
                 out[inputs["adapter_rows"]] += first.astype(np.float32)
             return {"out": out}
 
-    counts, _, _ = measure(Numbered(), SPECS, LAYOUT, 4, twin(4))
-    # Each room has the adapters in other slots.
-    assert len(counts) == 1
+    # Each run has the adapters in other slots.
+    with pytest.raises(EngineMismatch, match="fake: no batch size up to 4 gives a row with"):
+        measure(Numbered(), SPECS, LAYOUT, 4, twin(4))
 
 
 def test_check_names_batch_and_rows() -> None:
@@ -141,9 +141,9 @@ def test_check_names_batch_and_rows() -> None:
 
 
 def test_the_probes_rows_have_none_one_two_and_four_adapters() -> None:
-    assert [len(uses(row, 4, 4)) for row in range(8)] == [1, 0, 2, 4] * 2
+    assert {len(uses(row, 4, 4)) for row in range(4)} == {0, 1, 2, 4}
     assert [len(uses(row, 1, 4)) for row in range(4)] == [1, 0, 1, 1]
-    assert [slot for slot, _ in uses(3, 4, 4)] == [3, 0, 1, 2]
+    assert [slot for slot, _ in uses(2, 4, 4)] == [2, 3, 0, 1]
     given = port_inputs([[], [(2, 0.5)], [(0, 1.0), (1, 2.0)]], 2)
     assert given["adapter_rows"].tolist() == [1, 2]
     assert given["adapter_slots"].tolist() == [[2, -1], [0, 1]]

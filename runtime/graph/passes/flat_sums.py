@@ -6,10 +6,11 @@ Rules:
 2. So does the sum of tokens `(batch, T, C)`, one of them the result of a linear, that only a layer
    norm uses.
 
-The values are the same, and a view costs nothing. But ONNX Runtime's CPU provider lets a convolution
-add into its partner of such a sum, and a layer norm add the linear's bias and the residual itself,
-which rounds otherwise. It can't where an adapter's port comes between: a graph with ports would give
-rows without adapters other bits than the graph without. Both get this pass first.
+The values are the same, and a view costs nothing. But ONNX Runtime's CPU provider lets a
+convolution add into its partner of such a sum, and a layer norm add the linear's bias and the
+residual itself, which rounds otherwise. It can't where an adapter's port comes between: a graph
+with ports would give rows without adapters other bits than the graph without. Both get this pass
+first.
 """
 
 from __future__ import annotations
