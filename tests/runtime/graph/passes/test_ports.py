@@ -184,9 +184,12 @@ def test_names_do_not_matter(capture_net: Callable[..., Graph]) -> None:
         found = run_passes(capture_net(net, 3, 6, 6), [add_ports(layout_of(net))])
         places = {node: place for place, node in enumerate(found.nodes)}
         return [
-            (str(n.target) if n.op == "call_function" else n.op, [places[i] for i in n.all_input_nodes])
+            (
+                str(n.target) if n.op == "call_function" else n.op,
+                [places[given] for given in n.all_input_nodes],
+            )
             for n in found.nodes
-        ]  # fmt: skip
+        ]
 
     class Other(nn.Module):
         def __init__(self, attribute: str) -> None:
