@@ -66,6 +66,8 @@ def _adapter_port(
         part_rows: how many are.
         factor: what the module's weight was multiplied by.
     """
+    if not rows.numel():
+        return y.clone()
     absent = slots < 0
     index = torch.where(absent, slots[:, :1], slots) + port * bank_slots
     scale = scales.masked_fill(absent, 0) * factor
@@ -91,9 +93,10 @@ def _adapter_port(
     return result
 
 
-@torch.library.register_fake("heatsink::adapter_port")
 def _fake(y: Tensor, *rest: object) -> Tensor:
     return torch.empty_like(y)
 
+
+torch.library.register_fake("heatsink::adapter_port", _fake)
 
 ADAPTER_PORT = torch.ops.heatsink.adapter_port.default

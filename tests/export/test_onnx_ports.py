@@ -46,6 +46,8 @@ WINDOWS.add("3x2 uneven")
 
 
 class Net(nn.Module):
+    layer: Any
+
     def __init__(self, layer: nn.Module, factor: float = 1.0) -> None:
         super().__init__()
         self.layer, self.factor = layer, factor

@@ -66,7 +66,7 @@ def adapter(targets: Targets, seed: int) -> list[AdapterDelta]:
 @pytest.fixture
 def engine(ported: Path, targets: Targets) -> Any:
     """Opened, with three adapters in slots of their own."""
-    opened = heatsink.load(ported, threads=1)
+    opened: Any = heatsink.load(ported, threads=1)
     for number in range(3):
         opened.add_adapter(f"style {number}", adapter(targets, number))
     opened.bank.acquire(*({f"style {n}": 1.0} for n in range(3))).wait()
@@ -92,7 +92,8 @@ class Counting:
     """A component's session that notes its runs."""
 
     def __init__(self, session: Any) -> None:
-        self.session, self.name, self.rows = session, session.name, []
+        self.session, self.name = session, session.name
+        self.rows: list[int] = []
 
     def run(self, inputs: Any) -> Any:
         self.rows.append(len(next(iter(inputs.values()))))
@@ -135,6 +136,7 @@ def test_the_weights_are_on_disk_once(ported: Path) -> None:
         assert where == {f"{name}.onnx.data"}
         cost = manifest.preflight[name]
         assert cost.disk_bytes_measured is not None
+        assert cost.disk_bytes_predicted is not None
         assert cost.disk_bytes_measured <= cost.disk_bytes_predicted
         shared = (ported / f"{name}.onnx.data").stat().st_size
         assert cost.disk_bytes_measured < shared + (2 << 20)
@@ -253,7 +255,7 @@ def test_a_graph_whose_twin_differs_runs_all_rows(ported: Path, tmp_path: Path) 
 
     edit(folder, change)
     rows = rows_of(folder, "unet", 3)
-    component = heatsink.load(folder, threads=1)._components["unet"]
+    component: Any = heatsink.load(folder, threads=1)._components["unet"]
     # It was checked when it was opened.
     assert component._session is not None
     component._session = with_ports = Counting(component._session)

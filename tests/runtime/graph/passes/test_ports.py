@@ -25,6 +25,8 @@ Function = Callable[[Any, Tensor], Tensor]
 
 
 class Net(nn.Module):
+    layer: Any
+
     def __init__(self, layer: nn.Module, function: Function | None = None) -> None:
         super().__init__()
         self.layer = layer
@@ -64,7 +66,7 @@ def merged(
     """The module in float64 with the adapters of one row in its weights."""
     module = copy.deepcopy(module).double()
     for path, (group, port) in layout.places().items():
-        weight = module.get_submodule(path).weight
+        weight: Any = module.get_submodule(path).weight
         for slot, scale in mix:
             row = port * layout.slots + slot
             a, b = (bank[f"bank.{group}.{name}"][row].double() for name in "ab")
