@@ -25,7 +25,6 @@ import typer
 
 from heatsink import console
 from heatsink.export import exactness, onnx_ports
-from heatsink.export import onnx as onnx_export
 from heatsink.export import plan as planning
 from heatsink.export.components import PORT_PASSES
 from heatsink.export.manifest import TensorSpec
