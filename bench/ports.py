@@ -102,8 +102,7 @@ def opened(graph: Any, layout: PortLayout | None, way: str, folder: Path) -> Onn
         return OnnxRuntimeSession("unet", to_onnx(graph, path).path, threads=1)
     used, onnx_ports._Image = onnx_ports._Image, WAYS[way]  # type: ignore[misc]
     try:
-        unused = [] if layout.groups else [""]
-        to_onnx(run_passes(graph, [add_ports(layout, unused)]), path)
+        to_onnx(run_passes(graph, [add_ports(layout)]), path)
     finally:
         onnx_ports._Image = used  # type: ignore[misc]
     return OnnxRuntimeSession("unet", path, threads=1)

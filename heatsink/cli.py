@@ -215,10 +215,14 @@ def inspect(engine: flags.EngineFolder) -> None:
 def _caption(manifest: Manifest) -> str:
     height, width = manifest.source.default_size
     fused = ", ".join(f"{a.name}:{a.scale:g}" for a in manifest.adapters) or "none"
-    batch = manifest.shapes.batch
+    batch, ports = manifest.shapes.batch, manifest.ports
+    adapted = (
+        f"{ports.adapter_slots}x{ports.adapter_rank} ({ports.which})" if ports.which else "none"
+    )
     return (
         f"{height}x{width} pixels, batch {batch.min}:{batch.opt}:{batch.max}, "
         f"{manifest.exactness.mode}; fused adapters: {fused}; "
+        f"adapter ports: {adapted}; "
         f"heatsink {manifest.heatsink_version}, built on {manifest.device}"
     )
 

@@ -112,6 +112,7 @@ def test_onnx_runtime_computes_the_ports(name: str, tmp_path: Path, seed: int) -
         for row in set(range(batch)) - set(rows):
             assert found[row].tobytes() == without[row].tobytes()
     nobody = inputs_of(layout, torch.randn(2, *shape), [], 1, seed)
+    check(ported, session, nobody)
     found = session.run({key: value.numpy() for key, value in nobody.items()})["y"]
     assert found.tobytes() == base.run({"x": nobody["x"].numpy()})["y"].tobytes()
     # Which of the two ways a convolution went.
