@@ -41,6 +41,7 @@ def build(
     precision: flags.Precision = "fp32",
     fuse: flags.Fuse = None,
     adapters: flags.Adapters = "",
+    ports: flags.Ports = "all",
     controlnet: flags.ControlNet = "",
     arch: flags.Arch = "",
     opset: flags.Opset = 0,
@@ -50,7 +51,7 @@ def build(
     quiet: flags.Quiet = False,
 ) -> None:
     """Build an engine folder out of a model."""
-    for flag, value in (("adapters", adapters), ("controlnet", controlnet), ("arch", arch)):
+    for flag, value in (("controlnet", controlnet), ("arch", arch)):
         if value:
             raise NotBuilt(f"--{flag} {value}: not built yet by this version")
     fields: dict[str, Any] = {
@@ -59,6 +60,8 @@ def build(
         "size": flags.parse_size(size),
         "precision": precision,
         "fuse": tuple(flags.parse_adapter(text) for text in fuse or ()),
+        "adapters": flags.parse_ports(adapters),
+        "ports": ports,
         "strict": strict,
         "opset": opset or None,
     }
@@ -212,10 +215,14 @@ def inspect(engine: flags.EngineFolder) -> None:
 def _caption(manifest: Manifest) -> str:
     height, width = manifest.source.default_size
     fused = ", ".join(f"{a.name}:{a.scale:g}" for a in manifest.adapters) or "none"
-    batch = manifest.shapes.batch
+    batch, ports = manifest.shapes.batch, manifest.ports
+    adapted = (
+        f"{ports.adapter_slots}x{ports.adapter_rank} ({ports.which})" if ports.which else "none"
+    )
     return (
         f"{height}x{width} pixels, batch {batch.min}:{batch.opt}:{batch.max}, "
         f"{manifest.exactness.mode}; fused adapters: {fused}; "
+        f"adapter ports: {adapted}; "
         f"heatsink {manifest.heatsink_version}, built on {manifest.device}"
     )
 

@@ -28,7 +28,12 @@ Precision = Annotated[str, typer.Option(help="fp32 (bf16, fp16, fp8: not yet)")]
 Fuse = Annotated[
     list[str] | None, typer.Option(help="FILE:SCALE, a LoRA to merge; may be repeated")
 ]
-Adapters = Annotated[str, typer.Option(help="SLOTSxRANK adapter ports (not yet)")]
+Adapters = Annotated[
+    str, typer.Option(help="SLOTSxRANK: ports for so many adapters at a time, of that rank at most")
+]
+Ports = Annotated[
+    str, typer.Option(help="which layers get ports: all, linear or attention (its projections)")
+]
 ControlNet = Annotated[str, typer.Option(help="a ControlNet folder (not yet)")]
 Arch = Annotated[str, typer.Option(help="GPU architectures (not yet)")]
 Opset = Annotated[int, typer.Option(help="of the ONNX files; 0: the default")]
@@ -100,6 +105,16 @@ def parse_batch(text: str) -> tuple[int, int, int]:
         return 1, int(parts[0]), int(parts[0])
     low, best, high = map(int, parts)
     return low, best, high
+
+
+def parse_ports(text: str) -> tuple[int, int] | None:
+    """`8x16` (slots x rank); None where nothing is given."""
+    if not text:
+        return None
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(map(_number, parts)):
+        raise InvalidRequest(f"--adapters: expected SLOTSxRANK, such as 8x16, got {text!r}")
+    return int(parts[0]), int(parts[1])
 
 
 def parse_adapter(text: str, flag: str = "--fuse") -> tuple[Path, float]:

@@ -50,7 +50,7 @@ class PortGroup:
         return (*self.inputs[1:], self.inputs[0])
 
     def stored(self, a: Tensor) -> Tensor:
-        """An adapter's `a` `(r, in[, kh, kw])` as the bank holds it: `(r, in)`, `(r, kh, kw, in)`."""
+        """An adapter's `a` `(r, in[, kh, kw])` as the bank holds it, `(r, *stored_inputs)`."""
         return a.reshape(a.shape[0], *self.inputs).movedim(1, -1)
 
 
