@@ -13,12 +13,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from heatsink.kernels.lora_merge import Term, lora_merge
 from heatsink.runtime.adapter_delta import AdapterDelta, digest_deltas
 from heatsink.runtime.errors import AdapterError, NonFiniteWeights
 from heatsink.runtime.graph.weight import Origin
@@ -27,14 +27,6 @@ from heatsink.runtime.merge_layout import Stamp, check_layout, stamp
 from heatsink.runtime.merge_terms import Part, parts_of, places_of
 from heatsink.runtime.pristine import STAGING, Cost, Keep, Pristine, costs
 from heatsink.runtime.weights import hash_tensor
-
-if find_spec("heatsink.kernels.lora_merge"):
-    from heatsink.kernels.lora_merge import (  # type: ignore[import-not-found, unused-ignore]
-        Term,
-        lora_merge,
-    )
-else:
-    from heatsink.runtime.lora_stand_in import Term, lora_merge
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,22 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from heatsink.integrations.prompt_rows import PromptRows
+from heatsink.kernels.lora_rows import lora_rows
 from heatsink.runtime.adapter_delta import AdapterDelta
 from heatsink.runtime.errors import AdapterError, InvalidRequest
-
-if find_spec("heatsink.kernels.lora_rows"):
-    from heatsink.kernels.lora_rows import (  # type: ignore[import-not-found, unused-ignore]
-        lora_rows,
-    )
-else:
-    from heatsink.runtime.lora_stand_in import lora_rows
 
 Rows = Sequence[Sequence[tuple[str, float]]]
 """The adapters of every prompt, with their weights."""
