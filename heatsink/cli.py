@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from heatsink import console, flags, kernel_commands, receipts
+from heatsink import console, flags, kernel_commands, lora_commands, receipts
 from heatsink.bench_command import app as bench_app
 from heatsink.kernels.errors import KernelError
 from heatsink.runtime.errors import HeatsinkError, InvalidRequest, NotBuilt
@@ -28,6 +28,7 @@ app = typer.Typer(
 kernel_commands.app.command()(tune)
 app.add_typer(kernel_commands.app, name="kernels")
 app.add_typer(bench_app, name="bench")
+app.add_typer(lora_commands.app, name="lora")
 
 
 @app.command()
@@ -102,6 +103,7 @@ def generate(
     guidance: flags.Guidance = 5.0,
     scheduler: flags.Sampler = "dpm++2m",
     size: flags.Size = "",
+    adapter: flags.Adapter = None,
     overwrite: flags.Overwrite = False,
     quiet: flags.Quiet = False,
 ) -> None:
@@ -109,6 +111,7 @@ def generate(
     if count < 1:
         raise InvalidRequest(f"-n: expected at least 1, got {count}")
     prompts = [text for text in prompt for _ in range(count)]
+    files = flags.parse_named_adapters(adapter or ())
     fields: dict[str, Any] = {
         "negative_prompt": negative,
         "image": _open_image(image) if image else None,
@@ -118,14 +121,16 @@ def generate(
         "guidance": guidance,
         "scheduler": scheduler,
         "size": flags.parse_size(size),
+        "adapters": {name: weight for name, (_, weight) in files.items()},
     }
     earlier = receipts.read(out)
-    result = _generate(engine, out, prompts, fields, overwrite, quiet)
+    paths = {name: path for name, (path, _) in files.items()}
+    result = _generate(engine, out, prompts, fields, paths, overwrite, quiet)
     for note in dict.fromkeys(note for receipt in result.receipts for note in receipt.notes):
         console.note(note)
-    paths = result.save(out, overwrite=overwrite)
-    receipts.write(out, earlier, paths, result)
-    for path in paths:
+    pictures = result.save(out, overwrite=overwrite)
+    receipts.write(out, earlier, pictures, result)
+    for path in pictures:
         print(path)
 
 
@@ -134,6 +139,7 @@ def _generate(
     out: Path,
     prompts: list[str],
     fields: dict[str, Any],
+    adapters: dict[str, Path],
     overwrite: bool,
     quiet: bool,
 ) -> Result:
@@ -150,8 +156,13 @@ def _generate(
         warnings.simplefilter("ignore", PromptTruncated)
         with console.bars(quiet) as progress:
             opened = heatsink.load(engine, progress=progress)
+            for name, path in adapters.items():
+                opened.add_adapter(name, path)
             for request in requests:
-                opened.spec.resolve(request)
+                opened.resolve(request)
+            if opened.bank is not None:
+                # What the slots can't hold is told now too, and loading begins.
+                opened.bank.acquire(fields["adapters"]).release()
             # A folder that can't be written is told before the work, not after it.
             make_folder(out)
             return opened.generate(prompts, progress=progress, **fields)
