@@ -186,7 +186,7 @@ def measure_growth(
         bank = Bank(unet, [adapters[slot % ROWS] for slot in range(count)])
         step = _ours(unet, bank, inputs, count)
         pairs = [
-            (_timed(lambda: _step(unet, inputs), device), _timed(step, device))  # noqa: B023
+            (_timed(lambda: _step(unet, inputs), device), _timed(step, device))
             for _ in range(rounds + 1)
         ]
         name = f"heatsink lora_rows, bank of {bank.nbytes / 1e6:.0f} MB"

@@ -313,9 +313,10 @@ def check(name: str, system: _System, pristine: nn.Module, adapters: Adapters) -
     worst = 0.0
     for delta in adapters[1][:: max(1, len(adapters[1]) // _CHECKED)]:
         base = _weight(pristine, delta.module_path).cpu().double()
-        change = delta.b.double() @ delta.a.double().flatten(1)
+        b, a = delta.b.double(), delta.a.double().flatten(1)
+        exact, size = base + (b @ a).reshape(base.shape), (b.abs() @ a.abs()).reshape(base.shape)
         found = system.weight(delta.module_path).cpu()
-        worst = max(worst, _units(found, base, base + change.reshape(base.shape)))
+        worst = max(worst, _units(found, exact, torch.maximum(base.abs(), size)))
     if worst > allowed:
         raise HeatsinkError(f"{name}: a merged weight is {worst:.2f} units in the last place off")
     return worst
@@ -327,9 +328,9 @@ def _weight(unet: nn.Module, path: str) -> Tensor:
     return weight
 
 
-def _units(found: Tensor, base: Tensor, exact: Tensor) -> float:
-    """The error in units of the last place of the larger of the sum and what it is the sum of."""
-    size = torch.maximum(exact.abs(), base.abs()).clamp_min(torch.finfo(found.dtype).tiny)
+def _units(found: Tensor, exact: Tensor, parts: Tensor) -> float:
+    """The error in units of the last place of the sum, or of the largest part of it."""
+    size = torch.maximum(exact.abs(), parts).clamp_min(torch.finfo(found.dtype).tiny)
     # The result's exponent: a value is in [2^e, 2^(e+1)).
     unit = torch.exp2(torch.floor(torch.log2(size))) * torch.finfo(found.dtype).eps
     return float(((found.double() - exact).abs() / unit).max())
