@@ -8,9 +8,8 @@
 
 #include <algorithm>
 #include <optional>
-#include <vector>
 
-#include "processor.h"
+#include "instructions.h"
 #include "scratch.h"
 
 namespace {
@@ -25,15 +24,6 @@ using torch::stable::Tensor;
 constexpr int64_t kChunk = 256;              // queries a task has at most
 constexpr int64_t kChunkFloats = 1 << 17;    // and what they may take up, so that they stay in L2
 constexpr int64_t kGrainProducts = 1 << 18;  // products that are worth a thread
-
-AttentionKernel choose_attention() {
-#ifdef HEATSINK_X86_KERNELS
-  return heatsink::choose_kernel<AttentionKernel>(
-      {heatsink::attention_portable, heatsink::attention_avx2, heatsink::attention_avx512});
-#else
-  return heatsink::attention_portable;
-#endif
-}
 
 Element element_of(const Tensor& x) {
   switch (x.scalar_type()) {
@@ -123,7 +113,7 @@ Tensor attention(Tensor q, Tensor k, Tensor v, double scale, bool causal,
   a.out = out.mutable_data_ptr();
   a.chunk = choose_chunk(a);
 
-  static const AttentionKernel kernel = choose_attention();
+  static const AttentionKernel kernel = HEATSINK_CHOOSE(attention);
   const int64_t products = 2 * a.chunk * a.keys * a.channels;
   const int64_t grain = std::max<int64_t>(1, kGrainProducts / products);
   const int64_t floats = heatsink::scratch_floats(a);

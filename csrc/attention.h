@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "vectors.h"
+#include "lanes.h"
 
 namespace heatsink {
 

@@ -12,7 +12,7 @@
 #include <immintrin.h>
 
 #include "attention_kernel.h"
-#include "vectors_avx2.h"
+#include "lanes_avx2.h"
 
 namespace heatsink {
 

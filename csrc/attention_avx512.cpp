@@ -15,7 +15,7 @@
 #include <immintrin.h>
 
 #include "attention_kernel.h"
-#include "vectors_avx512.h"
+#include "lanes_avx512.h"
 
 namespace heatsink {
 

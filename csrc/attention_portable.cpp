@@ -1,11 +1,8 @@
 // The attention kernel in plain C++, for processors that have no kernel of their own.
 
-#include <cstdint>
-#include <cstring>
-
 #include "attention.h"
 #include "attention_kernel.h"
-#include "vectors_portable.h"
+#include "lanes_portable.h"
 
 namespace heatsink {
 

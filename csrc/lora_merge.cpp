@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "float_tensor.h"
-#include "processor.h"
+#include "instructions.h"
 #include "scratch.h"
 
 namespace {
@@ -32,15 +32,6 @@ constexpr int64_t kTaskFloats = 1 << 16;  // of A that a task reads again and ag
 constexpr int64_t kGrainElements = 1 << 14;
 // Where more is written, the results do not go to the caches, whose other contents stay.
 constexpr int64_t kStreamBytes = 1 << 25;
-
-MergeKernel choose_merge() {
-#ifdef HEATSINK_X86_KERNELS
-  return heatsink::choose_kernel<MergeKernel>(
-      {heatsink::lora_merge_portable, heatsink::lora_merge_avx2, heatsink::lora_merge_avx512});
-#else
-  return heatsink::lora_merge_portable;
-#endif
-}
 
 // What a call is made of, one for each argument of the op.
 struct Call {
@@ -245,7 +236,7 @@ class Merging {
   }
 
   void run(Element element) const {
-    static const MergeKernel kernel = choose_merge();
+    static const MergeKernel kernel = HEATSINK_CHOOSE(lora_merge);
     const Merge merge{weights_.data(), terms_.data(), tasks_.data(), element};
     const auto count = static_cast<int64_t>(tasks_.size());
     torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {

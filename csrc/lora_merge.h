@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "vectors.h"
+#include "lanes.h"
 
 namespace heatsink {
 

@@ -11,8 +11,8 @@
 #pragma GCC target("avx2,fma,f16c")
 #include <immintrin.h>
 
+#include "lanes_avx2.h"
 #include "lora_merge_kernel.h"
-#include "vectors_avx2.h"
 
 namespace heatsink {
 

@@ -14,8 +14,8 @@
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
 
+#include "lanes_avx512.h"
 #include "lora_merge_kernel.h"
-#include "vectors_avx512.h"
 
 namespace heatsink {
 

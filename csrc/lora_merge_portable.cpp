@@ -3,9 +3,9 @@
 #include <cstdint>
 #include <cstring>
 
+#include "lanes_portable.h"
 #include "lora_merge.h"
 #include "lora_merge_kernel.h"
-#include "vectors_portable.h"
 
 namespace heatsink {
 

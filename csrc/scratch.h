@@ -11,8 +11,10 @@
 namespace heatsink {
 
 // Memory that a thread keeps from call to call, aligned to 64 bytes: new pages, and what malloc
-// does for blocks that are not small, cost more than a small call. The next call may give the same.
-inline float* thread_scratch(int64_t floats) {
+// does for blocks that are not small, cost more than a small call. The next call for the same use
+// may give the same.
+template <int Use = 0>
+float* thread_scratch(int64_t floats) {
   thread_local std::unique_ptr<float, decltype(&std::free)> memory(nullptr, std::free);
   thread_local int64_t size = 0;
   if (size < floats) {

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from heatsink.export import components, environment
+from heatsink.export import components, environment, port_table, ported
 from heatsink.export import plan as planning
 from heatsink.export.donors import find_donors, take_over
 from heatsink.export.manifest import (
@@ -16,6 +16,8 @@ from heatsink.export.manifest import (
     Exactness,
     FusedAdapter,
     Manifest,
+    PortedGraph,
+    Ports,
     Range,
     Shapes,
     Source,
@@ -23,6 +25,7 @@ from heatsink.export.manifest import (
 from heatsink.export.staging import check_target, staging
 from heatsink.runtime.adapter_delta import fuse_model, scaled
 from heatsink.runtime.adapter_file import read_adapter
+from heatsink.runtime.adapter_targets import Targets
 from heatsink.runtime.digest import sha256_file
 from heatsink.runtime.errors import InvalidRequest, NonFiniteWeights, NotBuilt, NumericError
 from heatsink.runtime.model import Model
@@ -52,6 +55,9 @@ class Options:
         fuse: adapter files, each with a scale, merged into the weights.
         strict: batch sizes that change a row's bits are not used.
         opset: of the ONNX files; None takes the exporter's default.
+        adapters: (slots, rank) of adapter ports on the UNet and the text encoders; None: no ports.
+        ports: which of their layers get ports: "all" linears and convolutions, "linear" ones, or
+            the linear projections of "attention".
     """
 
     backend: str = "onnxruntime"
@@ -61,6 +67,8 @@ class Options:
     fuse: Sequence[tuple[Path, float]] = ()
     strict: bool = True
     opset: int | None = None
+    adapters: tuple[int, int] | None = None
+    ports: str = "all"
 
     def check(self) -> None:
         """Refuse what can't be built.
@@ -78,6 +86,7 @@ class Options:
                 f"precision {self.precision!r} is not built yet for {self.backend}; "
                 "this version builds fp32"
             )
+        ported.check_options(self.adapters, self.ports)
         low, best, high = self.batch
         if not 1 <= low <= best <= high <= MAX_BATCH:
             raise InvalidRequest(
@@ -146,6 +155,8 @@ def build(
     planning.check_size(opened, size)
     opened, adapters = _fuse(opened, options.fuse)
     _check_finite(opened, report)
+    targets = Targets.of(opened)
+    layouts = ported.layouts(opened, targets, options.adapters, options.ports)
     plans = {
         name: planning.plan(
             opened,
@@ -154,6 +165,7 @@ def build(
             options.batch[2],
             opset=options.opset,
             precision=options.precision,
+            layout=layouts.get(name),
             report=report,
         )
         for name in opened.components
@@ -168,10 +180,32 @@ def build(
             built[name] = taken or components.build(opened, plan, folder, options.strict, report)
         source = _source(opened, size, plans)
         files = _copy_tokenizers(opened, source.tokenizers, folder)
+        if layouts:
+            name = port_table.write_table(folder, layouts, targets)
+            files.append(components.artefact(folder, name))
         manifest = _manifest(options, size, built, files, source, adapters)
         manifest.write(folder)
     made = [name for name in plans if name not in reused]
+    notes += [note for name, part in built.items() for note in _port_notes(name, part.ported)]
     return Report(Path(out), manifest, made, reused, [*opened.notes, *notes])
+
+
+def _port_notes(name: str, part: PortedGraph | None) -> list[str]:
+    """What the measurement of a graph with ports found that costs something."""
+    if part is None:
+        return []
+    notes = []
+    if not part.twin:
+        notes.append(
+            f"{name}: rows without adapters get other bits in the graph without ports, so all rows "
+            "run in the graph with ports, which is slower"
+        )
+    if part.refused_counts:
+        notes.append(
+            f"{name}: room for {part.refused_counts} adapters a row gives other bits, so rows have "
+            f"room for {part.counts}"
+        )
+    return notes
 
 
 def _check_finite(model: Model, report: Progress) -> None:
@@ -247,6 +281,7 @@ def _manifest(
         components={name: b.component for name, b in built.items()},
         files=files,
         precisions={name: b.component.precision for name, b in built.items()},
+        ports=_ports(options, built),
         adapters=adapters,
         exactness=Exactness(
             mode="strict" if options.strict else "fast",
@@ -254,3 +289,13 @@ def _manifest(
         ),
         preflight={name: b.preflight for name, b in built.items()},
     )
+
+
+def _ports(options: Options, built: dict[str, components.Built]) -> Ports:
+    if options.adapters is None:
+        return Ports()
+    slots, rank = options.adapters
+    return Ports(
+        adapter_slots=slots, adapter_rank=rank, which=options.ports, table=port_table.TABLE,
+        components={name: b.ported for name, b in built.items() if b.ported is not None},
+    )  # fmt: skip

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import torch
 
-from heatsink.export import exactness
+from heatsink.export import exactness, ported
 from heatsink.export.manifest import (
     Artefact,
     Component,
     KnownAnswer,
     Parity,
+    PortedGraph,
     Preflight,
     TensorSpec,
 )
@@ -29,10 +30,13 @@ from heatsink.runtime.graph.graph import Graph
 from heatsink.runtime.graph.passes import run_passes, to_fixpoint
 from heatsink.runtime.graph.passes.dead_code import remove_dead_code
 from heatsink.runtime.graph.passes.drop_noops import drop_noop_nodes
+from heatsink.runtime.graph.passes.flat_sums import flatten_sums
 from heatsink.runtime.graph.passes.fold_scale import fold_scales
 from heatsink.runtime.model import Model
 
 PASSES = (to_fixpoint(drop_noop_nodes, fold_scales, remove_dead_code),)
+# Of a graph with ports and of its twin without: else their rows differ in the last bits.
+PORT_PASSES = (*PASSES, flatten_sums)
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Built:
     component: Component
     known: KnownAnswer
     preflight: Preflight
+    ported: PortedGraph | None = None
 
 
 def build(model: Model, plan: Plan, folder: Path, strict: bool, report: Report) -> Built:
@@ -54,7 +59,7 @@ def build(model: Model, plan: Plan, folder: Path, strict: bool, report: Report) 
         ResourceError: its files can't be written.
     """
     begun = time.perf_counter()
-    name, stages = plan.name, 4
+    name, stages = plan.name, 4 if plan.layout is None else 5
     report(f"building {name}", 0, stages)
     graph = _captured(model, plan)
     report(f"building {name}", 1, stages)
@@ -68,14 +73,22 @@ def build(model: Model, plan: Plan, folder: Path, strict: bool, report: Report) 
     # Its weights are twice in memory until then.
     del session
     gc.collect()
+    extra = None
+    if plan.layout is not None:
+        report(f"building {name}", 4, stages)
+        extra = ported.build(model, plan, graph, onnx, known, strict, report)
+        gc.collect()
     component = _component(plan, graph, onnx, specs, parity, folder, strict)
+    if extra is not None:
+        listed = [*component.artefacts, artefact(folder, extra.graph)]
+        component = component.model_copy(update={"artefacts": listed})
     report(f"building {name}", stages, stages)
     measured = Preflight(
         disk_bytes_predicted=plan.disk_bytes,
         disk_bytes_measured=sum(a.bytes for a in component.artefacts),
     )
     report(f"built {name} in {time.perf_counter() - begun:.1f} s", 1, 1)
-    return Built(component, known, measured)
+    return Built(component, known, measured, extra)
 
 
 def _captured(model: Model, plan: Plan) -> Graph:
@@ -88,7 +101,7 @@ def _captured(model: Model, plan: Plan) -> Graph:
         dtype=torch.float32,
         text_layer=plan.text_layer,
     )
-    return run_passes(graph, PASSES)
+    return run_passes(graph, PASSES if plan.layout is None else PORT_PASSES)
 
 
 def _known_answer(
@@ -115,10 +128,7 @@ def _component(
     strict: bool,
 ) -> Component:
     origins = folder / f"{plan.name}.origins.json"
-    table = {
-        name: [[o.parameter, o.slice, o.transform] for o in parts]
-        for name, parts in onnx.origins.items()
-    }
+    table = {name: [origin.as_list() for origin in parts] for name, parts in onnx.origins.items()}
     text = json.dumps(table, indent=0, sort_keys=True)
     origins.write_text(text + "\n", encoding="utf-8")
     names = [onnx.path.name, origins.name] + ([onnx.data.name] if onnx.data else [])

@@ -53,7 +53,8 @@ def take_over(donors: Sequence[Donor], plan: Plan, folder: Path, strict: bool) -
             shutil.copyfile(donor.folder / artefact.path, folder / artefact.path)
         known = donor.manifest.exactness.components[plan.name]
         preflight = donor.manifest.preflight.get(plan.name, Preflight())
-        return Built(component, known, preflight)
+        ported = donor.manifest.ports.components.get(plan.name)
+        return Built(component, known, preflight, ported)
     return None
 
 

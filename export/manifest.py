@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 
@@ -43,6 +45,14 @@ Inside = Annotated[str, AfterValidator(_inside)]
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+    # Fields that came later: left out where they have nothing to say, so that the digest of an
+    # engine without them is what it was.
+    later: ClassVar[frozenset[str]] = frozenset()
+
+    @model_serializer(mode="wrap")
+    def _leave_out_later(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        return {name: value for name, value in fields.items() if value or name not in self.later}
 
 
 class Artefact(_Section):
@@ -97,8 +107,9 @@ class Parity(_Section):
 class Component(_Section):
     """One network: its files, its interface, and where each of its initialisers came from.
 
-    `origins` is the JSON file `{initialiser: [[parameter, slice, transform], ...]}`; `build_key`
-    digests all that decided the files, so that an equal component need not be built again.
+    `origins` is the JSON file `{initialiser: [[parameter, slice, transform], ...]}`, of interleaved
+    rows with a fourth value, [row, step]; `build_key` digests all that decided the files, so that
+    an equal component need not be built again.
     """
 
     artefacts: list[Artefact]
@@ -128,14 +139,6 @@ class Shapes(_Section):
     batch: Range
     height: Range
     width: Range
-
-
-class Ports(_Section):
-    """Inputs for what a request brings along; zero slots: none were built."""
-
-    adapter_slots: int = 0
-    adapter_rank: int = 0
-    controlnet: bool = False
 
 
 class FusedAdapter(_Section):
@@ -170,6 +173,41 @@ class KnownAnswer(_Section):
                 f"got {len(self.answers)}"
             )
         return self
+
+
+class PortedGraph(_Section):
+    """A component's graph with adapter ports, beside the one without, whose weights it shares.
+
+    `counts` are the numbers of adapters that a row's inputs may have room for (a row with fewer
+    has -1 in the rest); `refused_counts` are those that gave a row other bits. `known` is of a
+    probe whose rows have adapters of a seeded bank. Where `twin` is false, rows without adapters
+    get other bits in the graph without ports, so that it is never run.
+    """
+
+    graph: str
+    inputs: list[TensorSpec]
+    counts: list[int] = Field(min_length=1)
+    refused_counts: list[int] = []
+    twin: bool
+    parity: Parity
+    known: KnownAnswer
+
+
+class Ports(_Section):
+    """Inputs for what a request brings along; zero slots: none were built.
+
+    `which` layers have adapter ports: all, linear, attention. `table` is the file of the bank's
+    layouts and of the names of modules that adapter files are read with.
+    """
+
+    later: ClassVar[frozenset[str]] = frozenset({"which", "table", "components"})
+
+    adapter_slots: int = 0
+    adapter_rank: int = 0
+    controlnet: bool = False
+    which: str = ""
+    table: str = ""
+    components: dict[str, PortedGraph] = {}
 
 
 class Exactness(_Section):
@@ -224,6 +262,14 @@ class Manifest(_Section):
         ):
             if found != names:
                 raise ValueError(f"{section}: expected {sorted(names)}, got {sorted(found)}")
+        for name, ported in self.ports.components.items():
+            own = self.components[name].artefacts if name in names else []
+            if ported.graph not in {artefact.path for artefact in own}:
+                raise ValueError(f"ports: {ported.graph!r} is no artefact of {name}")
+            if self.exactness.mode == "strict" and not ported.known.answers:
+                raise ValueError(f"ports: a strict engine needs known answers, {name} has none")
+        if self.ports.components and self.ports.table not in {a.path for a in self.files}:
+            raise ValueError(f"ports: {self.ports.table!r} is not among the files")
         return self
 
     @property

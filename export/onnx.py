@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from heatsink.export.onnx_ports import adapter_port
 from heatsink.runtime.errors import NotBuilt, ResourceError
 from heatsink.runtime.graph.graph import BATCH, Graph, TensorSpec
+from heatsink.runtime.graph.port_op import ADAPTER_PORT
 from heatsink.runtime.graph.program import to_program
 from heatsink.runtime.graph.weight import Origin, Weight
 
@@ -49,7 +51,12 @@ class OnnxFile:
 
 
 def to_onnx(
-    graph: Graph, path: Path, *, opset: int | None = None, fused_group_norm: bool = False
+    graph: Graph,
+    path: Path,
+    *,
+    opset: int | None = None,
+    fused_group_norm: bool = False,
+    weights_of: Path | None = None,
 ) -> OnnxFile:
     """Write `graph` as `path` and its weights as `<name>.onnx.data` beside it.
 
@@ -62,6 +69,8 @@ def to_onnx(
         opset: of the default domain, at least 18; `DEFAULT_OPSET` by default.
         fused_group_norm: write GroupNormalization (opset 21 and later) for a backend that has a
             kernel for it; ONNX Runtime's CPU provider has none and is faster with the default.
+        weights_of: a model of the same folder, written of a graph with the same weights: its file
+            of weights is used, and none is written.
 
     Raises:
         NotBuilt: the exporter can't translate the graph, or the opset is too old.
@@ -72,15 +81,20 @@ def to_onnx(
         raise NotBuilt(f"ONNX opset {opset} is too old: at least {MIN_OPSET} is needed")
     model = _translate(graph, opset, fused_group_norm)
     _keep_paths(model)
-    _name_batch(model, graph)
+    _name_sizes(model, graph)
     _optimise(model)
     _literals_to_nodes(model, graph)
     _inherit_paths(model)
-    used = _attach_weights(model, graph)
-    _save(model, path, data=bool(used))
+    owner = path if weights_of is None else weights_of
+    used = _used_weights(model)
+    if weights_of is None:
+        _attach_weights(model, graph)
+    else:
+        _share_weights(model, weights_of)
+    _save(model, path, data=bool(used) and weights_of is None)
     return OnnxFile(
         path=path,
-        data=path.with_name(path.name + ".data") if used else None,
+        data=owner.with_name(owner.name + ".data") if used else None,
         opset=opset,
         inputs=dict(graph.inputs),
         outputs=dict(graph.outputs),
@@ -93,7 +107,9 @@ def _translate(graph: Graph, opset: int, fused_group_norm: bool) -> Any:
     import torch
 
     table: dict[Callable[..., Any], Callable[..., Any]]
-    table = {} if fused_group_norm else {torch.ops.aten.group_norm.default: _group_norm(opset)}
+    table = {ADAPTER_PORT: adapter_port(opset)}
+    if not fused_group_norm:
+        table[torch.ops.aten.group_norm.default] = _group_norm(opset)
     program = to_program(graph)
     with _quiet():
         try:
@@ -178,14 +194,17 @@ def _keep_paths(model: Any) -> None:
     model.graph.name = "graph"
 
 
-def _name_batch(model: Any, graph: Graph) -> None:
-    """Rename torch's symbol to `batch` wherever a shape says it."""
+def _name_sizes(model: Any, graph: Graph) -> None:
+    """Rename torch's symbols to the inputs' names for them (`batch`), wherever a shape says one."""
     import onnx_ir as ir
 
-    symbols = {str(symbol) for symbol in graph.ranges}
+    names = {str(symbol): BATCH for symbol in graph.ranges}
+    for node, spec in zip(graph.input_nodes(), graph.inputs.values(), strict=True):
+        sizes = zip(node.meta["val"].shape, spec.shape, strict=True)
+        names |= {str(size): name for size, name in sizes if isinstance(name, str)}
 
     def renamed(size: Any) -> Any:
-        return BATCH if str(getattr(size, "value", size)) in symbols else size
+        return names.get(str(getattr(size, "value", size)), size)
 
     values = [*model.graph.inputs, *(v for node in model.graph for v in node.outputs)]
     for value in values:
@@ -204,6 +223,8 @@ def _optimise(model: Any) -> None:
     for value in model.graph.initializers.values():
         value.const_value = None
     common.InlinePass()(model)
+    # Before constants are folded into tensors of their own, which no longer compare as equal.
+    common.CommonSubexpressionEliminationPass()(model)
     fold_constants_ir(model, input_size_limit=_FOLD_LIMIT, output_size_limit=_FOLD_LIMIT)
     steps: Sequence[Any] = (
         common.RemoveUnusedNodesPass(),
@@ -244,15 +265,34 @@ def _inherit_paths(model: Any) -> None:
             node.metadata_props[PATH_PROPERTY] = paths[0] if paths else ""
 
 
-def _attach_weights(model: Any, graph: Graph) -> list[str]:
-    """Give the initialisers their values, read when they are written; their names in order."""
-    import onnx_ir as ir
-
+def _used_weights(model: Any) -> list[str]:
+    """The names of the initialisers in order; those without use are removed."""
     for name in list(model.graph.initializers):
         value = model.graph.initializers[name]
         if not value.uses() and not value.is_graph_output():
             del model.graph.initializers[name]
-            continue
+    return list(model.graph.initializers)
+
+
+def _share_weights(model: Any, other: Path) -> None:
+    """Let the initialisers be those of another model, by name: places in its file of weights."""
+    import onnx_ir as ir
+
+    stored = ir.load(other).graph.initializers
+    for name, value in model.graph.initializers.items():
+        tensor = stored[name].const_value
+        assert isinstance(tensor, ir.ExternalTensor)
+        value.const_value = ir.ExternalTensor(
+            tensor.location, tensor.offset, tensor.length, tensor.dtype,
+            name=name, shape=tensor.shape, base_dir=other.parent,
+        )  # fmt: skip
+
+
+def _attach_weights(model: Any, graph: Graph) -> None:
+    """Give the initialisers their values, read when they are written."""
+    import onnx_ir as ir
+
+    for name, value in model.graph.initializers.items():
         weight = graph.weights[name]
         value.const_value = ir.LazyTensor(
             functools.partial(_values, weight),
@@ -260,7 +300,6 @@ def _attach_weights(model: Any, graph: Graph) -> list[str]:
             shape=ir.Shape(list(weight.shape)),
             name=name,
         )
-    return list(model.graph.initializers)
 
 
 def _values(weight: Weight) -> Any:

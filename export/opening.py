@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from heatsink.export import exactness
 from heatsink.export.manifest import Component, KnownAnswer, Manifest, read_manifest
+from heatsink.export.opening_ports import PortedComponent
+from heatsink.export.port_table import read_table
+from heatsink.runtime.adapters import AdapterBank
 from heatsink.runtime.backends.onnxruntime import OnnxRuntimeSession
 from heatsink.runtime.backends.session import Array, Session
 from heatsink.runtime.buckets import run_rows
 from heatsink.runtime.digest import sha256_file
 from heatsink.runtime.engine import Engine
 from heatsink.runtime.errors import EngineMismatch, NotBuilt
+from heatsink.runtime.port_layout import PortLayout
 from heatsink.runtime.schedule import ScheduleConfig
 from heatsink.runtime.spec import EngineSpec
 from heatsink.runtime.text import Tokenizer
@@ -30,6 +35,11 @@ class OpenComponent:
     def __init__(self, session: Session, component: Component, known: KnownAnswer) -> None:
         self._session, self._component, self._known = session, component, known
         self._checked: set[int] = set()
+
+    @property
+    def buckets(self) -> list[int]:
+        """The batch sizes it runs."""
+        return self._known.buckets
 
     def check(self, bucket: int) -> None:
         """Run the known answer in this bucket, once.
@@ -83,15 +93,18 @@ def check_files(folder: Path, manifest: Manifest, progress: Progress | None = No
             )
 
 
-def open_session(manifest: Manifest, folder: Path, name: str, *, threads: int = 0) -> Session:
-    """Open one component through the manifest's backend.
+def open_session(
+    manifest: Manifest, folder: Path, name: str, *, threads: int = 0, ported: bool = False
+) -> Session:
+    """Open one component through the manifest's backend; `ported`: its graph with adapter ports.
 
     Raises:
         NotBuilt: this version can't run that backend.
     """
     if manifest.backend != "onnxruntime":
         raise NotBuilt(f"{folder}: engines of the backend {manifest.backend!r} can't be opened yet")
-    return OnnxRuntimeSession(name, folder / manifest.components[name].graph, threads=threads)
+    part = manifest.ports.components[name] if ported else manifest.components[name]
+    return OnnxRuntimeSession(name, folder / part.graph, threads=threads)
 
 
 def describe(folder: Path, manifest: Manifest) -> EngineSpec:
@@ -139,13 +152,39 @@ def open_engine(
     manifest = read_manifest(folder)
     if verify:
         check_files(folder, manifest, progress)
-    components: dict[str, OpenComponent] = {}
+    components: dict[str, OpenComponent | PortedComponent] = {}
+    bank, layouts = _open_bank(folder, manifest)
     for done, (name, component) in enumerate(manifest.components.items()):
         session = open_session(manifest, folder, name, threads=threads)
         known = manifest.exactness.components[name]
-        opened = OpenComponent(session, component, known)
+        opened: OpenComponent | PortedComponent = OpenComponent(session, component, known)
+        if bank is not None and name in layouts:
+            opened = PortedComponent(
+                OpenComponent(session, component, known),
+                component.inputs,
+                manifest.ports.components[name],
+                layouts[name],
+                bank.tensors(name),
+                functools.partial(
+                    open_session, manifest, folder, name, threads=threads, ported=True
+                ),
+            )
         opened.check_first()
         components[name] = opened
         if progress:
             progress("opening", done + 1, len(manifest.components))
-    return Engine(describe(folder, manifest), components)
+    return Engine(describe(folder, manifest), components, bank)
+
+
+def _open_bank(
+    folder: Path, manifest: Manifest
+) -> tuple[AdapterBank | None, dict[str, PortLayout]]:
+    """An empty bank for the engine's ports, and their layouts by component."""
+    if not manifest.ports.components:
+        return None, {}
+    try:
+        layouts, targets = read_table(folder, manifest.ports.table)
+    # Only unverified files get here damaged.
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise EngineMismatch(f"{folder}: {manifest.ports.table}: {error!r}; {REBUILD}") from error
+    return AdapterBank(list(layouts.values()), targets=targets), layouts

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
+from torch import Tensor
 
 from heatsink.export import exactness
 from heatsink.export.manifest import Parity, TensorSpec
@@ -42,16 +45,17 @@ def check_parity(
     """
     values = exactness.probe(specs, ROWS.get(session.name, OTHER_ROWS), SEED)
     found = session.run(values)
-    reference = _run_module(model, session.name, text_layer, values, torch.float64)
-    plain = _run_module(model, session.name, text_layer, values, torch.float32)
+    reference = run_module(model, session.name, text_layer, values, torch.float64)
+    plain = run_module(model, session.name, text_layer, values, torch.float32)
     results = [
-        _compare(f"{session.name}: output {name!r}", found[name], plain[name], reference[name])
+        compare(f"{session.name}: output {name!r}", found[name], plain[name], reference[name])
         for name in reference
     ]
     return max(results, key=lambda parity: parity.max_abs / (parity.allowed or 1.0))
 
 
-def _compare(what: str, found: Array, plain: Array, expected: Array) -> Parity:
+def compare(what: str, found: Array, plain: Array, expected: Array) -> Parity:
+    """The error of `found`, refused where rounding does not explain it (see `check_parity`)."""
     for dtype, values in (("float64", expected), ("float32", plain)):
         if not np.isfinite(values).all():
             raise NonFiniteWeights(
@@ -78,15 +82,32 @@ def _compare(what: str, found: Array, plain: Array, expected: Array) -> Parity:
     )
 
 
-def _run_module(
+def run_module(
     model: Model,
     name: str,
     text_layer: TextLayer | None,
     values: dict[str, Array],
     dtype: torch.dtype,
+    deltas: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Array]:
-    """The module's outputs as float64, computed in `dtype`."""
-    module = wrap(name, model.load_module(name, dtype), text_layer).eval()
+    """The module's outputs as float64, computed in `dtype`.
+
+    Args:
+        model: whose module it is.
+        name: of the component.
+        text_layer: of a text encoder.
+        values: the inputs.
+        dtype: to compute in.
+        deltas: what is added to parameters, by name.
+    """
+    loaded = model.load_module(name, dtype)
+    parameters = dict(loaded.named_parameters())
+    for parameter, delta in (deltas or {}).items():
+        # Its own tensor: what it holds may be mapped, and others' too.
+        held = parameters[parameter]
+        whole = held.data.double() + delta.reshape(held.shape)
+        held.data = whole.to(dtype)
+    module = wrap(name, loaded, text_layer).eval()
     inputs = [torch.from_numpy(np.asarray(value)) for value in values.values()]
     with torch.inference_mode():
         outputs = module(*(x.to(dtype) if x.is_floating_point() else x for x in inputs))

@@ -14,11 +14,12 @@ from heatsink.runtime.digest import canonical_json, sha256_bytes
 from heatsink.runtime.errors import InvalidRequest, ModelError
 from heatsink.runtime.graph.components import TextLayer, input_shapes
 from heatsink.runtime.model import Model
+from heatsink.runtime.port_layout import PortLayout
 from heatsink.runtime.text import Tokenizer
 
 Report = Callable[[str, int, int], None]
 # Recorded in the build key: raise it when capture, passes or export change what they make.
-RECIPE = 1
+RECIPE = 2
 
 
 @dataclass(frozen=True)
@@ -33,16 +34,19 @@ class Plan:
     precision: str
     source_digest: str
     parameters: int
+    layout: PortLayout | None = None
 
     @property
     def disk_bytes(self) -> int:
-        """Bytes its files will take, about."""
-        return 4 * self.parameters + (1 << 20)
+        """Bytes its files will take, about; a graph with ports shares the weights of the other."""
+        graphs = 1 if self.layout is None else 2
+        return 4 * self.parameters + graphs * (1 << 20)
 
     def key(self, strict: bool) -> str:
         """SHA-256 of everything above, the libraries and the processor."""
         values: dict[str, Any] = {
-            **{k: v for k, v in self.__dict__.items() if k != "shapes"},
+            **{k: v for k, v in self.__dict__.items() if k not in ("shapes", "layout")},
+            "layout": self.layout.as_dict() if self.layout else None,
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "strict": strict,
             "recipe": RECIPE,
@@ -91,6 +95,7 @@ def plan(
     *,
     opset: int | None,
     precision: str,
+    layout: PortLayout | None = None,
     report: Report,
 ) -> Plan:
     """Work out a component's shapes and digest; reads its weights once.
@@ -102,6 +107,7 @@ def plan(
         rows: the largest batch of the UNet.
         opset: of the ONNX file; None takes the default.
         precision: what it computes in.
+        layout: of its adapter ports, if it gets any.
         report: called with (what is being done, done, total).
 
     Raises:
@@ -124,6 +130,7 @@ def plan(
             name, lambda done, total: report(f"digesting {name}", done, total)
         ),
         parameters=sum(int(np.prod(entry.shape)) for entry in weights.entries.values()),
+        layout=layout,
     )
 
 

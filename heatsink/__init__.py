@@ -17,10 +17,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from heatsink.export.build import Report
+    from heatsink.integrations.diffusers import Adapters
     from heatsink.runtime.engine import Engine
+    from heatsink.runtime.model import Model
+    from heatsink.runtime.pristine import Keep
 
 __version__ = "0.1.0"
-__all__ = ["Engine", "Request", "__version__", "build", "load"]
+__all__ = ["Engine", "Request", "__version__", "adapters", "build", "load"]
 
 _LAZY = {
     "Engine": "heatsink.runtime.engine",
@@ -59,6 +62,13 @@ def build(
     from heatsink.export.build import Options, build
 
     return build(model, out, Options(**options), reuse=reuse, progress=progress)
+
+
+def adapters(pipe: Any, *, keep: Keep | None = None, model: Model | None = None) -> Adapters:
+    """Adapters for a diffusers pipeline; see `heatsink.integrations.diffusers.adapters`."""
+    from heatsink.integrations.diffusers import adapters
+
+    return adapters(pipe, keep=keep, model=model)
 
 
 def __getattr__(name: str) -> Any:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from heatsink import console, flags, kernel_commands, receipts
+from heatsink import console, flags, kernel_commands, lora_commands, receipts
 from heatsink.bench_command import app as bench_app
 from heatsink.kernels.errors import KernelError
 from heatsink.runtime.errors import HeatsinkError, InvalidRequest, NotBuilt
@@ -28,6 +28,7 @@ app = typer.Typer(
 kernel_commands.app.command()(tune)
 app.add_typer(kernel_commands.app, name="kernels")
 app.add_typer(bench_app, name="bench")
+app.add_typer(lora_commands.app, name="lora")
 
 
 @app.command()
@@ -40,6 +41,7 @@ def build(
     precision: flags.Precision = "fp32",
     fuse: flags.Fuse = None,
     adapters: flags.Adapters = "",
+    ports: flags.Ports = "all",
     controlnet: flags.ControlNet = "",
     arch: flags.Arch = "",
     opset: flags.Opset = 0,
@@ -49,7 +51,7 @@ def build(
     quiet: flags.Quiet = False,
 ) -> None:
     """Build an engine folder out of a model."""
-    for flag, value in (("adapters", adapters), ("controlnet", controlnet), ("arch", arch)):
+    for flag, value in (("controlnet", controlnet), ("arch", arch)):
         if value:
             raise NotBuilt(f"--{flag} {value}: not built yet by this version")
     fields: dict[str, Any] = {
@@ -58,6 +60,8 @@ def build(
         "size": flags.parse_size(size),
         "precision": precision,
         "fuse": tuple(flags.parse_adapter(text) for text in fuse or ()),
+        "adapters": flags.parse_ports(adapters),
+        "ports": ports,
         "strict": strict,
         "opset": opset or None,
     }
@@ -102,6 +106,7 @@ def generate(
     guidance: flags.Guidance = 5.0,
     scheduler: flags.Sampler = "dpm++2m",
     size: flags.Size = "",
+    adapter: flags.Adapter = None,
     overwrite: flags.Overwrite = False,
     quiet: flags.Quiet = False,
 ) -> None:
@@ -109,6 +114,7 @@ def generate(
     if count < 1:
         raise InvalidRequest(f"-n: expected at least 1, got {count}")
     prompts = [text for text in prompt for _ in range(count)]
+    files = flags.parse_named_adapters(adapter or ())
     fields: dict[str, Any] = {
         "negative_prompt": negative,
         "image": _open_image(image) if image else None,
@@ -118,14 +124,16 @@ def generate(
         "guidance": guidance,
         "scheduler": scheduler,
         "size": flags.parse_size(size),
+        "adapters": {name: weight for name, (_, weight) in files.items()},
     }
     earlier = receipts.read(out)
-    result = _generate(engine, out, prompts, fields, overwrite, quiet)
+    paths = {name: path for name, (path, _) in files.items()}
+    result = _generate(engine, out, prompts, fields, paths, overwrite, quiet)
     for note in dict.fromkeys(note for receipt in result.receipts for note in receipt.notes):
         console.note(note)
-    paths = result.save(out, overwrite=overwrite)
-    receipts.write(out, earlier, paths, result)
-    for path in paths:
+    pictures = result.save(out, overwrite=overwrite)
+    receipts.write(out, earlier, pictures, result)
+    for path in pictures:
         print(path)
 
 
@@ -134,6 +142,7 @@ def _generate(
     out: Path,
     prompts: list[str],
     fields: dict[str, Any],
+    adapters: dict[str, Path],
     overwrite: bool,
     quiet: bool,
 ) -> Result:
@@ -150,8 +159,13 @@ def _generate(
         warnings.simplefilter("ignore", PromptTruncated)
         with console.bars(quiet) as progress:
             opened = heatsink.load(engine, progress=progress)
+            for name, path in adapters.items():
+                opened.add_adapter(name, path)
             for request in requests:
-                opened.spec.resolve(request)
+                opened.resolve(request)
+            if opened.bank is not None:
+                # What the slots can't hold is told now too, and loading begins.
+                opened.bank.acquire(fields["adapters"]).release()
             # A folder that can't be written is told before the work, not after it.
             make_folder(out)
             return opened.generate(prompts, progress=progress, **fields)
@@ -201,10 +215,14 @@ def inspect(engine: flags.EngineFolder) -> None:
 def _caption(manifest: Manifest) -> str:
     height, width = manifest.source.default_size
     fused = ", ".join(f"{a.name}:{a.scale:g}" for a in manifest.adapters) or "none"
-    batch = manifest.shapes.batch
+    batch, ports = manifest.shapes.batch, manifest.ports
+    adapted = (
+        f"{ports.adapter_slots}x{ports.adapter_rank} ({ports.which})" if ports.which else "none"
+    )
     return (
         f"{height}x{width} pixels, batch {batch.min}:{batch.opt}:{batch.max}, "
         f"{manifest.exactness.mode}; fused adapters: {fused}; "
+        f"adapter ports: {adapted}; "
         f"heatsink {manifest.heatsink_version}, built on {manifest.device}"
     )
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from heatsink.runtime.errors import InvalidRequest, NotBuilt
+from heatsink.runtime.errors import AdapterError, InvalidRequest, NotBuilt
 
 # heatsink build
 Model = Annotated[
@@ -27,7 +28,12 @@ Precision = Annotated[str, typer.Option(help="fp32 (bf16, fp16, fp8: not yet)")]
 Fuse = Annotated[
     list[str] | None, typer.Option(help="FILE:SCALE, a LoRA to merge; may be repeated")
 ]
-Adapters = Annotated[str, typer.Option(help="SLOTSxRANK adapter ports (not yet)")]
+Adapters = Annotated[
+    str, typer.Option(help="SLOTSxRANK: ports for so many adapters at a time, of that rank at most")
+]
+Ports = Annotated[
+    str, typer.Option(help="which layers get ports: all, linear or attention (its projections)")
+]
 ControlNet = Annotated[str, typer.Option(help="a ControlNet folder (not yet)")]
 Arch = Annotated[str, typer.Option(help="GPU architectures (not yet)")]
 Opset = Annotated[int, typer.Option(help="of the ONNX files; 0: the default")]
@@ -58,6 +64,13 @@ Steps = Annotated[int, typer.Option(help="denoising steps")]
 Guidance = Annotated[float, typer.Option(help="scale of classifier-free guidance; 1: off")]
 Sampler = Annotated[str, typer.Option(help="euler, dpm++2m, ddim or lcm")]
 Size = Annotated[str, typer.Option(help="HEIGHTxWIDTH in pixels; the engine's own if not given")]
+Adapter = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="FILE:WEIGHT or NAME=FILE:WEIGHT, a LoRA for all pictures; may be repeated. Needs an "
+        "engine built with --adapters"
+    ),
+]
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace pictures of an earlier run")]
 
@@ -94,8 +107,18 @@ def parse_batch(text: str) -> tuple[int, int, int]:
     return low, best, high
 
 
-def parse_adapter(text: str) -> tuple[Path, float]:
-    """`FILE:SCALE` or `FILE` (scale 1)."""
+def parse_ports(text: str) -> tuple[int, int] | None:
+    """`8x16` (slots x rank); None where nothing is given."""
+    if not text:
+        return None
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(map(_number, parts)):
+        raise InvalidRequest(f"--adapters: expected SLOTSxRANK, such as 8x16, got {text!r}")
+    return int(parts[0]), int(parts[1])
+
+
+def parse_adapter(text: str, flag: str = "--fuse") -> tuple[Path, float]:
+    """`FILE:SCALE` or `FILE` (scale 1); `flag` is what messages name."""
     path, _, scale = text.rpartition(":")
     if not path:
         return Path(text), 1.0
@@ -103,5 +126,33 @@ def parse_adapter(text: str) -> tuple[Path, float]:
         return Path(path), float(scale)
     except ValueError:
         raise InvalidRequest(
-            f"--fuse: expected FILE:SCALE, such as noto.safetensors:0.8, got {text!r}"
+            f"{flag}: expected FILE:SCALE, such as noto.safetensors:0.8, got {text!r}"
         ) from None
+
+
+def parse_named_adapters(texts: Sequence[str]) -> dict[str, tuple[Path, float]]:
+    """Every `NAME=FILE:WEIGHT` by its name; without one, and without a weight, FILE's stem and 1.
+
+    A path that holds `=` before its first slash is given as `./PATH`.
+
+    Raises:
+        InvalidRequest: a text is none of these, or two have one name.
+        AdapterError: a file is missing.
+    """
+    found: dict[str, tuple[Path, float]] = {}
+    for text in texts:
+        name, equals, rest = text.partition("=")
+        if not equals or "/" in name:
+            name, rest = "", text
+        path, weight = parse_adapter(rest, "--adapter")
+        name = name or path.stem
+        if (equals and not rest) or not name:
+            raise InvalidRequest(f"--adapter: expected NAME=FILE:WEIGHT, got {text!r}")
+        if name in found:
+            raise InvalidRequest(
+                f"--adapter: two are called {name!r}; give one another name, NAME=FILE:WEIGHT"
+            )
+        if not path.is_file():
+            raise AdapterError(f"--adapter: {path} is missing")
+        found[name] = path, weight
+    return found

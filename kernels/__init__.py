@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from heatsink.kernels.guided_step import guided_step
     from heatsink.kernels.layer_norm import layer_norm
     from heatsink.kernels.lora_merge import lora_merge
+    from heatsink.kernels.lora_rows import lora_rows
     from heatsink.kernels.noise import normal
     from heatsink.kernels.rms_norm import rms_norm
     from heatsink.kernels.rotary import rotary
@@ -40,6 +41,7 @@ __all__ = [
     "layer_norm",
     "load",
     "lora_merge",
+    "lora_rows",
     "normal",
     "rms_norm",
     "rotary",

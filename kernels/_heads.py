@@ -86,6 +86,20 @@ def stride_unit(x: Tensor) -> int:
     return unit if x.shape[-1] % unit == 0 else 1
 
 
+def is_settled(x: Tensor, broadcast: bool = True) -> bool:
+    """Whether `settled` gives back `x` itself."""
+    unit = stride_unit(x)
+    steps = list(zip(x.shape[:-1], x.stride()[:-1], strict=True))
+    if any(size > 1 and step >= MAX_STRIDE for size, step in steps):
+        even = False
+    elif broadcast:
+        even = all(size == 1 or step % unit == 0 for size, step in steps)
+    else:
+        even = all(step > 0 and step % unit == 0 for _, step in steps)
+    dense = x.shape[-1] == 1 or x.stride(-1) == 1
+    return dense and even and address(x) % ALIGNMENT == 0
+
+
 def settled(x: Tensor, broadcast: bool = True) -> Tensor:
     """`x`, or a copy, such that its sizes and dtype alone decide which binary reads it.
 
@@ -99,20 +113,11 @@ def settled(x: Tensor, broadcast: bool = True) -> Tensor:
         x: `(..., D)`.
         broadcast: whether strides may be 0, as a TMA descriptor's may not.
     """
-    unit = stride_unit(x)
-    steps = list(zip(x.shape[:-1], x.stride()[:-1], strict=True))
-    if any(size > 1 and step >= MAX_STRIDE for size, step in steps):
-        even = False
-    elif broadcast:
-        even = all(size == 1 or step % unit == 0 for size, step in steps)
-    else:
-        even = all(step > 0 and step % unit == 0 for _, step in steps)
-    dense = x.shape[-1] == 1 or x.stride(-1) == 1
-    if dense and even and address(x) % ALIGNMENT == 0:
+    if is_settled(x, broadcast):
         return x
     once = x
     if broadcast:
-        for dim, (_, step) in enumerate(steps):
+        for dim, step in enumerate(x.stride()[:-1]):
             once = once.narrow(dim, 0, 1) if step == 0 else once
     copy = torch.empty(once.shape, dtype=x.dtype, device=x.device).copy_(once)
     return copy.expand(x.shape)

@@ -2,8 +2,8 @@
 
 Importing the extension gives this package's ops their C++ implementation on the CPU. Without it, or
 with `HEATSINK_NO_EXT=1` in the environment, the same ops run their PyTorch implementation. It gives
-the same bits, but for attention and lora_merge, whose products then are PyTorch's own: within their
-error, in other bits.
+the same bits, but for attention and lora_merge, whose products then are PyTorch's own, and
+lora_rows: within the same error, in other bits.
 """
 
 from __future__ import annotations

@@ -44,8 +44,10 @@ class Op:
         plan: `(config, inputs) -> (outputs, launches)`; allocates outputs and scratch.
         space: configurations worth trying, for a key and an architecture.
         smoke: names of the cases that together reach every kernel.
-        outputs: what the public function gave, from its arguments and what it returned; of an op
-            that writes in place.
+        changes: the argument that the public function changes instead of returning something, or
+            empty; `plan` then works on a copy of it.
+        outputs: what a call gave, from the arguments and what the public function returned; of an
+            op whose results do not depend on what was there, so that no copy is needed.
     """
 
     name: str
@@ -57,6 +59,24 @@ class Op:
     space: Callable[[Key, int], list[Config]]
     smoke: tuple[str, ...] = ()
     outputs: Callable[[Inputs, Any], Any] = lambda inputs, result: result
+    changes: str = ""
+
+    def prepare(self, inputs: Inputs) -> Callable[[], Any]:
+        """A call of the public function that gives its outputs.
+
+        What it changes is a copy, made here: the first call gives the result, later ones go on from
+        it and take the same time.
+        """
+        if not self.changes:
+            return lambda: self.outputs(inputs, self.public(**inputs))
+        own = {**inputs, self.changes: inputs[self.changes].clone()}
+
+        def call() -> Tensor:
+            self.public(**own)
+            changed: Tensor = own[self.changes]
+            return changed
+
+        return call
 
 
 def normal(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:

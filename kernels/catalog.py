@@ -16,6 +16,7 @@ MODULES = (
     "guided_step",
     "layer_norm",
     "lora_merge",
+    "lora_rows",
     "noise",
     "rms_norm",
     "rotary",

@@ -1,7 +1,14 @@
 """The one normal form of a LoRA inside this package, and its fusion into weights.
 
-A target's weight becomes `W = W0 + sum_i s_i (B_i A_i)`, always from the pristine `W0`: products
-and sums in fp32 (or W0's own dtype where that is wider), one rounding to the dtype of `W0`.
+A target's weight becomes, always from the pristine `W0`,
+
+    W = W0 (1 + sum_i (g_i - 1)) + sum_i g_i s_i (B_i A_i)
+
+with `g_i = 1` for a plain LoRA and `g_i = m_i / |W0 + s_i B_i A_i|` for DoRA (https://arxiv.org/abs/
+2402.09353): m_i the magnitudes, the norm that of each output's row over all its inputs. Of one
+adapter it is what PEFT merges; of several, the sum of the changes that each makes alone, whatever
+their order. Products and sums are in fp32 (or W0's own dtype where that is wider), with one
+rounding to the dtype of `W0`.
 """
 
 from __future__ import annotations
@@ -24,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class AdapterDelta:
-    """What an adapter adds to one module: `scale * (b @ a)`.
+    """What an adapter does to one module: it adds `scale * (b @ a)`; DoRA sets row lengths, too.
 
     Attributes:
         component: the component's name (`"unet"`).
@@ -59,7 +66,9 @@ class AdapterDelta:
 
 
 def scaled(deltas: Iterable[AdapterDelta], weight: float) -> list[AdapterDelta]:
-    """The same adapter at `weight` times its strength, as a sum of several adapters needs it."""
+    """The same adapter at `weight` times its strength; at 0 nothing of it is left, DoRA or not."""
+    if weight == 0:
+        return []
     return [replace(delta, scale=delta.scale * weight) for delta in deltas]
 
 
@@ -74,11 +83,14 @@ def digest_deltas(deltas: Iterable[AdapterDelta]) -> str:
         digest.update(f"{component}\0{path}\0{shape}\0{delta.scale!r}\0".encode())
         hash_tensor(digest, delta.a.float())
         hash_tensor(digest, delta.b.float())
+        if delta.magnitude is not None:
+            digest.update(b"magnitude\0")
+            hash_tensor(digest, delta.magnitude.float())
     return str(digest.hexdigest())
 
 
 def fuse(weights: Weights, deltas: Iterable[AdapterDelta], scale: float = 1.0) -> Weights:
-    """The component's weights with its deltas fused in: `W = W0 + sum_i scale s_i (B_i A_i)`.
+    """The component's weights with its deltas fused in, by this module's formula.
 
     Nothing is computed here: a changed tensor is made anew each time it is used, every other one
     stays mapped. Give the deltas of all adapters in one call (see `scaled`); a second call would
@@ -90,7 +102,8 @@ def fuse(weights: Weights, deltas: Iterable[AdapterDelta], scale: float = 1.0) -
         scale: multiplies every delta's own scale. At 0 the weights are returned as they are.
 
     Raises:
-        AdapterError: a delta's target is missing or of another shape, or its scale is not finite.
+        AdapterError: a delta's target is missing or of another shape, its magnitude is not one
+            number for each output, or its scale is not finite.
     """
     terms: dict[str, list[AdapterDelta]] = {}
     refused: dict[str, str] = {}
@@ -102,9 +115,13 @@ def fuse(weights: Weights, deltas: Iterable[AdapterDelta], scale: float = 1.0) -
         elif weights.shape(delta.weight_name) != delta.weight_shape:
             was = weights.shape(delta.weight_name)
             refused[delta.module_path] = f"wrong shape: {delta.weight_shape} onto {was}"
+        elif delta.magnitude is not None and delta.magnitude.shape != delta.b.shape[:1]:
+            found = tuple(delta.magnitude.shape)
+            refused[delta.module_path] = f"wrong shape: the magnitude is {found}"
         elif not math.isfinite(delta.scale):
             refused[delta.module_path] = f"the scale is {delta.scale}"
-        elif delta.scale:
+        # With scale 0 a DoRA still sets the rows' lengths.
+        elif delta.scale or delta.magnitude is not None:
             terms.setdefault(delta.weight_name, []).append(delta)
     if refused:
         told = "; ".join(f"{path}: {reason}" for path, reason in list(refused.items())[:8])
@@ -114,15 +131,33 @@ def fuse(weights: Weights, deltas: Iterable[AdapterDelta], scale: float = 1.0) -
 
 
 def _fused_entry(entry: Entry, deltas: list[AdapterDelta]) -> Entry:
-    def add(base: Tensor) -> Tensor:
-        wide = torch.promote_types(base.dtype, torch.float32)
-        total = base.to(wide, copy=True)
-        for delta in deltas:
-            product = delta.b.to(wide) @ delta.a.to(wide).flatten(1)
-            total.add_(product.reshape(base.shape), alpha=delta.scale)
-        return total.to(base.dtype)
+    how = f"+ {len(deltas)} adapter{'s'[: len(deltas) != 1]}"
+    return entry.derive(lambda base: _fused(base, deltas), entry.shape, how)
 
-    return entry.derive(add, entry.shape, f"+ {len(deltas)} adapter{'s'[: len(deltas) != 1]}")
+
+def _fused(base: Tensor, deltas: list[AdapterDelta]) -> Tensor:
+    wide = torch.promote_types(base.dtype, torch.float32)
+    pristine = base.to(wide)
+    total = pristine.clone()
+    # What the rows of W0 are multiplied by, less one; None without DoRA.
+    growth: Tensor | None = None
+    for delta in deltas:
+        product = (delta.b.to(wide) @ delta.a.to(wide).flatten(1)).reshape(base.shape)
+        if delta.magnitude is None:
+            total.add_(product, alpha=delta.scale)
+            continue
+        product *= delta.scale
+        length = torch.linalg.vector_norm((pristine + product).flatten(1), dim=1)
+        gain = delta.magnitude.to(wide) / length
+        growth = gain - 1 if growth is None else growth + (gain - 1)
+        total.add_(product.mul_(_by_row(gain, base)))
+    if growth is not None:
+        total.add_(pristine * _by_row(growth, base))
+    return total.to(base.dtype)
+
+
+def _by_row(values: Tensor, weight: Tensor) -> Tensor:
+    return values.reshape(-1, *(1,) * (weight.dim() - 1))
 
 
 def fuse_model(model: Model, deltas: Iterable[AdapterDelta], scale: float = 1.0) -> Model:

@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
-import json
-import math
-import re
-from collections.abc import Iterable, Mapping
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from heatsink.runtime import adapter_config
 from heatsink.runtime.adapter_delta import AdapterDelta, digest_deltas, fuse, fuse_model, scaled
-from heatsink.runtime.adapter_keys import PEFT_PREFIX, Targets, Unknown, place
-from heatsink.runtime.adapter_write import METADATA_KEY, write_adapter
-from heatsink.runtime.errors import AdapterError
-from heatsink.runtime.weights import Entry, open_safetensors
+from heatsink.runtime.adapter_family import NAMES, family_of, foreign
+from heatsink.runtime.adapter_keys import Key, Unknown, parse
+from heatsink.runtime.adapter_module import read_module
+from heatsink.runtime.adapter_open import open_adapter
+from heatsink.runtime.adapter_receipt import AdapterReceipt
+from heatsink.runtime.adapter_targets import Targets
+from heatsink.runtime.adapter_write import write_adapter
+from heatsink.runtime.components import lasting_name
+from heatsink.runtime.digest import sha256_file
+from heatsink.runtime.errors import AdapterError, InvalidRequest
+from heatsink.runtime.weights import Entry
 
 if TYPE_CHECKING:
     from heatsink.runtime.model import Model
 
 __all__ = [
-    "AdapterDelta", "Targets", "digest_deltas", "fuse", "fuse_model", "read_adapter", "scaled",
-    "write_adapter",
+    "AdapterDelta", "AdapterReceipt", "Targets", "digest_deltas", "fuse", "fuse_model",
+    "inspect_adapter", "read_adapter", "scaled", "write_adapter",
 ]  # fmt: skip
 
+NOT_JUDGED = "no model was given: whether its modules exist and the shapes fit is not judged"
 
-def read_adapter(path: str | Path, target: Model | Targets) -> list[AdapterDelta]:
+
+def read_adapter(
+    path: str | Path, target: Model | Targets, *, ignore: Sequence[str] = ()
+) -> list[AdapterDelta]:
     """Read a LoRA file whole, or refuse it whole.
 
     The scale of a module is alpha / rank: alpha from its `alpha` key (kohya), from the metadata
@@ -36,155 +44,237 @@ def read_adapter(path: str | Path, target: Model | Targets) -> list[AdapterDelta
     Args:
         path: a safetensors file.
         target: the model (or its `Targets`) the adapter is for.
+        ignore: keys, or shell patterns of keys, that are read as if the file didn't hold them.
 
     Returns:
         The deltas ordered by component and module path; their tensors are mapped from the file.
 
     Raises:
         UnsafeFile: the file is a pickle.
-        AdapterError: it is damaged, or `refused` maps each key that can't be applied to its reason.
+        DamagedFile: it is empty, truncated or no safetensors.
+        AdapterError: `refused` maps each key that can't be applied to its reason.
+        InvalidRequest: a pattern of `ignore` matches no key.
     """
-    path = Path(path)
-    targets = target if isinstance(target, Targets) else Targets.of(target)
-    entries, metadata = open_safetensors(path, AdapterError)
-    if not entries:
-        raise AdapterError(f"{path} holds no tensors")
-    groups, refused = _by_module(entries, targets)
-    configs = _peft_configs(path, entries, metadata)
-    deltas = []
-    for (component, module), keys in sorted(groups.items()):
-        tensors = {role: entries[key] for role, key in keys.items()}
-        try:
-            shape = targets.shapes[component][module]
-            config = configs.get(component)
-            deltas.append(_delta(component, module, tensors, shape, config))
-        except Unknown as reason:
-            refused.update(dict.fromkeys(keys.values(), str(reason)))
-    if refused:
-        told = "; ".join(f"{key}: {why}" for key, why in list(refused.items())[:5])
-        raise AdapterError(
-            f"{path}: {len(refused)} of {len(entries)} keys can't be applied, so none is: {told}",
-            refused,
+    reading = _read(Path(path), target, ignore)
+    if reading.refused:
+        raise AdapterError(reading.receipt("").refusal(), reading.refused)
+    return reading.deltas
+
+
+def inspect_adapter(
+    path: str | Path, target: Model | Targets | None = None, *, ignore: Sequence[str] = ()
+) -> tuple[AdapterReceipt, list[AdapterDelta]]:
+    """Read a LoRA file and account for every key.
+
+    Args:
+        path: a safetensors file.
+        target: as of `read_adapter`. Without one, targets and shapes are not judged, module paths
+            are the file's own spelling, and kohya's keep their underscores.
+        ignore: as of `read_adapter`.
+
+    Returns:
+        The receipt, and the deltas; none where a key is refused. Without a target the receipt has
+        no digest.
+
+    Raises:
+        UnsafeFile, DamagedFile, AdapterError: nothing can be read of the file.
+        InvalidRequest: a pattern of `ignore` matches no key.
+    """
+    reading = _read(Path(path), target, ignore)
+    receipt = reading.receipt(sha256_file(path))
+    if reading.refused:
+        return receipt, []
+    if reading.targets is None:
+        # A digest is of the modules' true names and shapes.
+        return receipt, reading.deltas
+    return replace(receipt, digest=digest_deltas(reading.deltas)), reading.deltas
+
+
+Places = dict[tuple[str, str], dict[str, str]]
+"""(component, module path) -> role -> key."""
+
+
+@dataclass
+class _Reading:
+    """A file while it is read."""
+
+    path: Path
+    entries: dict[str, Entry]
+    metadata: dict[str, str]
+    targets: Targets | None
+    peft_component: str = ""
+    keys: dict[str, Key] = field(default_factory=dict)
+    places: Places = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    ignored: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    deltas: list[AdapterDelta] = field(default_factory=list)
+
+    def receipt(self, sha256: str) -> AdapterReceipt:
+        used = {key: self.entries[key] for roles in self.places.values() for key in roles.values()}
+        matrices = [e for k, e in used.items() if self.keys[k].role != "alpha"]
+        downs = [e.shape[:1] for k, e in used.items() if self.keys[k].role == "down"]
+        return AdapterReceipt(
+            path=str(self.path),
+            sha256=sha256,
+            format="+".join(sorted({key.format for key in self.keys.values()})) or "unknown",
+            digest=None,
+            dtypes=tuple(sorted({str(e.dtype).removeprefix("torch.") for e in matrices})),
+            ranks=tuple(sorted({rank for shape in downs for rank in shape})),
+            applied={
+                key: (*place, role)
+                for place, roles in sorted(self.places.items())
+                for role, key in sorted(roles.items())
+                if key not in self.refused
+            },
+            refused=self.refused,
+            ignored=tuple(self.ignored),
+            notes=tuple(self.notes),
         )
-    return deltas
 
 
-def _by_module(
-    keys: Iterable[str], targets: Targets
-) -> tuple[dict[tuple[str, str], dict[str, str]], dict[str, str]]:
-    """The keys by (component, module path) and role, and the refused ones with their reasons."""
-    groups: dict[tuple[str, str], dict[str, str]] = {}
-    refused: dict[str, str] = {}
-    for key in keys:
+def _read(path: Path, target: Model | Targets | None, ignore: Sequence[str]) -> _Reading:
+    entries, metadata = open_adapter(path)
+    targets = target if target is None or isinstance(target, Targets) else Targets.of(target)
+    reading = _Reading(path, entries, metadata, targets)
+    if targets is None:
+        reading.notes.append(NOT_JUDGED)
+    reading.ignored = _ignored(path, entries, ignore)
+    for key in entries.keys() - set(reading.ignored):
         try:
-            component, module, role = place(key, targets)
+            reading.keys[key] = parse(key)
         except Unknown as reason:
-            refused[key] = str(reason)
+            reading.refused[key] = str(reason)
+    configs = _configs(reading)
+    _place(reading)
+    _read_modules(reading, configs)
+    _refuse_partly_ignored(reading)
+    _name_the_family(reading)
+    reading.refused = dict(sorted(reading.refused.items()))
+    return reading
+
+
+def _ignored(path: Path, entries: Mapping[str, Entry], patterns: Sequence[str]) -> list[str]:
+    """The keys that any of the patterns matches, in order."""
+    if isinstance(patterns, str):
+        raise InvalidRequest(f"ignore: expected a list of keys or patterns, got {patterns!r}")
+    found: set[str] = set()
+    for pattern in patterns:
+        # A key is no pattern where it holds square brackets.
+        matches = {k for k in entries if k == pattern or fnmatch.fnmatchcase(k, pattern)}
+        if not matches:
+            raise InvalidRequest(f"ignore: {pattern!r} matches no key of {path}")
+        found |= matches
+    return sorted(found)
+
+
+def _configs(reading: _Reading) -> dict[str, dict[str, Any]]:
+    """PEFT's configurations by component; PEFT's keys get their component."""
+    peft = {key: parsed for key, parsed in reading.keys.items() if parsed.format == "peft"}
+    if not peft:
+        return adapter_config.in_header(reading.path, reading.metadata, reading.keys)
+    config = adapter_config.beside(reading.path)
+    component = adapter_config.component_of(config) or _best_component(reading, peft)
+    reading.peft_component = component
+    for key, parsed in peft.items():
+        reading.keys[key] = replace(parsed, component=component)
+    return {component: config}
+
+
+def _best_component(reading: _Reading, peft: Mapping[str, Key]) -> str:
+    """The component that most of PEFT's keys fit, for a configuration that names no class."""
+    targets = reading.targets
+    if targets is None:
+        text = any(key.name.startswith(("text_model.", "encoder.layers.")) for key in peft.values())
+        return "text_encoder" if text else "unet"
+
+    def fits(component: str, name: str, key: Key) -> bool:
+        try:
+            path = targets.locate(replace(key, component=component))
+        except Unknown:
+            return False
+        axis = 0 if key.role == "up" else 1
+        mine, shape = reading.entries[name].shape, targets.shapes[component][path]
+        return mine[axis : axis + 1] == shape[axis : axis + 1]
+
+    matrices = {name: key for name, key in peft.items() if key.role in ("up", "down")}
+    scores = {
+        component: sum(fits(component, name, key) for name, key in matrices.items())
+        for component in adapter_config.CLASSES
+        if component in targets.shapes
+    }
+    best = max(scores.values())
+    chosen = [component for component, score in scores.items() if score == best]
+    if best and len(chosen) > 1:
+        reading.notes.append(
+            f"the file fits {' and '.join(chosen)} alike, and its configuration names no class:"
+            f" it is taken for the {chosen[0]}"
+        )
+    return chosen[0]
+
+
+def _module_path(reading: _Reading, key: Key) -> str:
+    if reading.targets is not None:
+        return reading.targets.locate(key)
+    # Kohya's underscores could each have been a dot: only a model tells.
+    return key.name if key.format == "kohya" else lasting_name(key.component, key.name)
+
+
+def _place(reading: _Reading) -> None:
+    """Sort the keys by module and role; refuse those without a target, and two for one place."""
+    for name, key in sorted(reading.keys.items()):
+        try:
+            path = _module_path(reading, key)
+        except Unknown as reason:
+            reading.refused[name] = str(reason)
             continue
-        first = groups.setdefault((component, module), {}).setdefault(role, key)
-        if first != key:
-            refused[key] = f"the same target as {first}"
-            refused[first] = f"the same target as {key}"
-    return groups, refused
+        roles = reading.places.setdefault((key.component, path), {})
+        first = roles.setdefault(key.role, name)
+        if first != name:
+            reading.refused[name] = f"contradiction: the same target as {first}"
+            reading.refused[first] = f"contradiction: the same target as {name}"
 
 
-def _delta(
-    component: str,
-    module: str,
-    tensors: Mapping[str, Entry],
-    shape: tuple[int, ...],
-    config: Mapping[str, Any] | None,
-) -> AdapterDelta:
-    for role in ("down", "up"):
-        if role not in tensors:
-            raise Unknown(f"incomplete: no {role} matrix (lora_{'A' if role == 'down' else 'B'})")
-        if len(tensors[role].shape) not in (2, 4):
-            raise Unknown(f"wrong shape: the {role} matrix is {tensors[role].shape}")
-    a, b = _as_matrices(tensors["down"].read(), tensors["up"].read(), shape)
-    if a.shape[0] != b.shape[1] or not a.shape[0]:
-        raise Unknown(f"rank mismatch: down has rank {a.shape[0]}, up has rank {b.shape[1]}")
-    alpha = tensors["alpha"].read().double().reshape(-1).tolist() if "alpha" in tensors else None
-    if alpha is not None and (len(alpha) != 1 or not math.isfinite(alpha[0])):
-        raise Unknown(f"alpha is {alpha}, expected one finite number")
-    if alpha is not None and config is not None:
-        raise Unknown("alpha is given twice: as a key and in the metadata")
-    for name, value in (("down", a), ("up", b)):
-        if not bool(torch.isfinite(value).all()):
-            raise Unknown(f"non-finite: the {name} matrix holds NaN or infinity")
-    rank = int(a.shape[0])
-    scale = alpha[0] / rank if alpha is not None else _peft_scale(config, module, rank)
-    return AdapterDelta(component, module, a, b, scale)
-
-
-def _as_matrices(a: Tensor, b: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """`a` as `(r, *shape[1:])`, `b` as `(out, r)`; 1x1 convolutions and linears are the same."""
-    if b.dim() == 4:
-        if b.shape[2:] != (1, 1):
-            raise Unknown(f"wrong shape: the up matrix is a {tuple(b.shape[2:])} convolution")
-        b = b.flatten(1)
-    pointwise = shape[2:] in ((), (1, 1)) and a.shape[2:] in ((), (1, 1))
-    if pointwise and a.shape[1] == shape[1]:
-        a = a.reshape(a.shape[0], *shape[1:])
-    if tuple(a.shape[1:]) != shape[1:] or b.shape[0] != shape[0]:
-        raise Unknown(
-            f"wrong shape: down {tuple(a.shape)} and up {tuple(b.shape)} for a weight {shape}"
+def _read_modules(reading: _Reading, configs: Mapping[str, Mapping[str, Any]]) -> None:
+    contracted = 0
+    for (component, module), roles in sorted(reading.places.items()):
+        tensors = {role: reading.entries[key] for role, key in roles.items()}
+        shape = reading.targets.shapes[component][module] if reading.targets else None
+        try:
+            config = configs.get(component)
+            reading.deltas.append(read_module(component, module, tensors, shape, config))
+        except Unknown as reason:
+            reading.refused.update(dict.fromkeys(roles.values(), str(reason)))
+            continue
+        contracted += "mid" in roles
+    if contracted:
+        reading.notes.append(
+            f"lora_mid of {contracted} modules is contracted into their A: in float64, kept in"
+            " float32"
         )
-    return a, b
 
 
-def _peft_configs(
-    path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str]
-) -> dict[str, dict[str, Any]]:
-    """PEFT's configuration by component, from the header or from the file PEFT writes beside."""
-    if any(key.startswith(PEFT_PREFIX) for key in entries):
-        beside = path.parent / "adapter_config.json"
-        if not beside.is_file():
-            raise AdapterError(
-                f"{path} was written by PEFT, which keeps alpha in adapter_config.json:"
-                " that is missing beside it"
-            )
-        return {"unet": _json_object(beside.read_text(encoding="utf-8"), beside)}
-    if METADATA_KEY not in metadata:
-        return {}
-    configs: dict[str, dict[str, Any]] = {}
-    for key, value in _json_object(metadata[METADATA_KEY], path).items():
-        component, _, field = key.partition(".")
-        configs.setdefault(component, {})[field] = value
-    return configs
+def _refuse_partly_ignored(reading: _Reading) -> None:
+    """A module is ignored whole: without its alpha, say, the rest of it would mean another."""
+    for name in reading.ignored:
+        try:
+            key = parse(name)
+            key = replace(key, component=key.component or reading.peft_component)
+            path = _module_path(reading, key)
+        except Unknown:
+            continue
+        roles = reading.places.get((key.component, path), {})
+        if roles and key.role not in roles:
+            reason = f"incomplete: {name} of the same module is ignored"
+            reading.refused.update(dict.fromkeys(roles.values(), reason))
 
 
-def _json_object(text: str, path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as cause:
-        raise AdapterError(f"{path}: the adapter's configuration is not JSON: {cause}") from cause
-    if not isinstance(value, dict):
-        raise AdapterError(f"{path}: the adapter's configuration is no JSON object")
-    return value
-
-
-def _peft_scale(config: Mapping[str, Any] | None, module: str, rank: int) -> float:
-    """The scale PEFT configures: alpha / r, or alpha / sqrt(r) if rank-stabilised; else 1."""
-    if config is None:
-        return 1.0
-    if config.get("use_dora") or config.get("lora_bias"):
-        raise Unknown("the configuration asks for DoRA or biases, which are not supported")
-    r = _pattern(config.get("rank_pattern"), module, config.get("r", rank))
-    alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", rank))
-    if r != rank:
-        raise Unknown(f"rank mismatch: the configuration says {r}, the matrices have {rank}")
-    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise Unknown(f"the configuration's alpha is {alpha!r}, expected a finite number")
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _pattern(table: Any, module: str, default: Any) -> Any:
-    """PEFT's lookup: a pattern is a module's path or the end of one."""
-    for pattern, value in (table or {}).items():
-        bare = str(pattern).removeprefix("^").removeprefix("text_model.")
-        # PEFT takes any regular expression; one from a stranger's file is not run, nor guessed at.
-        if not re.fullmatch(r"[\w.]+", bare):
-            raise Unknown(f"the configuration's pattern {pattern!r} is no module path")
-        if f".{module}".endswith(f".{bare}"):
-            return value
-    return default
+def _name_the_family(reading: _Reading) -> None:
+    """Say so where keys don't fit because the file is for another architecture."""
+    family = family_of({key: entry.shape for key, entry in reading.entries.items()})
+    if family is not None and reading.targets is None:
+        reading.notes.append(f"by its names the file is for {NAMES.get(family, family)}")
+    why = foreign(family, reading.targets) if reading.refused else None
+    for key, reason in reading.refused.items():
+        if why and reason.startswith(("unknown target:", "wrong shape:", "no tensor of a LoRA")):
+            reading.refused[key] = f"another architecture: {why} ({reason})"

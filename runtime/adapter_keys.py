@@ -1,99 +1,131 @@
 """What the keys of a LoRA file mean: which module of which component, and which of its tensors.
 
-Understood: PEFT (`lora_A`, `lora_B`), diffusers (`lora.down`, `lora.up`, `lora_linear_layer.*` and
-the older `processor.to_q_lora.*`) and kohya (`lora_unet_*`, `lora_te_*`, `lora_te1_*`, `lora_te2_*`
-with `lora_down`, `lora_up`, `alpha`; its SDXL files name the UNet's modules by the original
-layout).
+Understood prefixes: diffusers' (`unet.`, `text_encoder.`, ... or the UNet's own names without one),
+PEFT's (`base_model.model.`, whose component the file tells otherwise) and kohya's (`lora_unet_*`,
+`lora_te_*`, ..., with underscores for dots). Under each of them every spelling of a tensor's role:
+`lora_A`/`lora_B`, `lora.down`/`lora.up`, `lora_down`/`lora_up`, `lora_linear_layer.*`, the older
+`processor.to_q_lora.*`, and of DoRA `lora_magnitude_vector` and `dora_scale`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-from heatsink.runtime.components import text_prefix
-from heatsink.runtime.ldm_names import translate, unet_names
-
-if TYPE_CHECKING:
-    from heatsink.runtime.model import Model
 
 PEFT_PREFIX = "base_model.model."
-_DOTTED = {
-    "unet.": "unet",
-    "text_encoder.": "text_encoder",
-    "text_encoder_2.": "text_encoder_2",
-    PEFT_PREFIX: "unet",
+DOTTED = {
+    "unet": "unet.",
+    "text_encoder": "text_encoder.",
+    "text_encoder_2": "text_encoder_2.",
+    "controlnet": "controlnet.",
 }
-_FLAT = {
+FLAT = {
     "lora_unet_": "unet",
     "lora_te_": "text_encoder",
     "lora_te1_": "text_encoder",
     "lora_te2_": "text_encoder_2",
+    "lora_controlnet_": "controlnet",
 }
-_DOWN = r"lora_A(?:\.default)?|lora\.down|lora_linear_layer\.down|lora_down"
-_UP = r"lora_B(?:\.default)?|lora\.up|lora_linear_layer\.up|lora_up"
+# Where the names of a UNet start; older files and `save_lora_adapter` put nothing before them.
+_ROOTS = re.compile(
+    r"(conv_in|conv_out|down_blocks|mid_block|up_blocks|time_embedding|add_embedding)\."
+)
+_NAMED = r"(?:\.default(?:_\d+)?)?"
 _ROLES = {
-    "down": re.compile(rf"(.+?)\.(?:{_DOWN})\.weight"),
-    "up": re.compile(rf"(.+?)\.(?:{_UP})\.weight"),
-    "alpha": re.compile(r"(.+?)\.alpha"),
+    "down": rf"(?:lora_A{_NAMED}|lora\.down|lora_linear_layer\.down|lora_down)\.weight",
+    "up": rf"(?:lora_B{_NAMED}|lora\.up|lora_linear_layer\.up|lora_up)\.weight",
+    "mid": r"lora_mid\.weight",
+    "alpha": r"alpha",
+    "magnitude": rf"lora_magnitude_vector{_NAMED}(?:\.weight)?",
+    "dora_scale": r"dora_scale(?:\.weight)?",
 }
-_PROCESSOR = re.compile(r"(.+)\.processor\.(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight")
+_ROLE_PATTERNS = {role: re.compile(rf"(.+?)\.{tail}") for role, tail in _ROLES.items()}
+# diffusers' first generation: `attn1.processor.to_q_lora.down.weight`.
+_OLD = re.compile(r"(.+?)(?:\.processor)?\.to_(q|k|v|out)_lora\.(down\.weight|up\.weight|alpha)")
 _UNSUPPORTED = {
-    "lora_mid": "a LoCon with lora_mid is not supported",
-    "dora_scale": "DoRA is not supported",
-    "lora_magnitude_vector": "DoRA is not supported",
-    "hada_": "LoHa is not supported",
-    "lokr_": "LoKr is not supported",
-    "lora_embedding": "adapters of embeddings are not supported",
-    "bias": "adapters of biases are not supported",
+    r"hada_": "LoHa is not supported",
+    r"lokr_": "LoKr is not supported",
+    r"(a1|a2|b1|b2)\.weight$": "GLoRA is not supported",
+    r"(oft_|boft_)": "OFT is not supported",
+    r"(on_input|ia3_l)": "IA3 is not supported",
+    r"(w_norm|b_norm)$": "adapters of norms are not supported",
+    r"(diff|diff_b)$": "whole differences of weights are not supported",
+    r"lora_embedding_": "adapters of embeddings are not supported",
+    r"(.+\.)?bias$": "adapters of biases are not supported",
+    r"(emb_params|string_to_param)": "embeddings of tokens are not supported",
 }
-# Two-dimensional weights that are tables, not linears.
-_TABLES = re.compile(r".*(token|position)_embedding")
+_UNSUPPORTED_PATTERNS = {
+    re.compile(rf"(?:.*\.)?{tail}"): reason for tail, reason in _UNSUPPORTED.items()
+}
 
 
 class Unknown(Exception):
-    """A key this package can't place; its text is the reason. Never leaves the reader."""
+    """A key this package can't apply; its text is the reason. Never leaves the reader."""
 
 
 @dataclass(frozen=True)
-class Targets:
-    """The modules an adapter can change.
+class Key:
+    """A key taken apart.
 
     Attributes:
-        shapes: component -> module path -> the weight's shape.
-        flat: component -> kohya's name (dots as underscores) -> module path.
+        format: whose prefix it has: `"diffusers"`, `"peft"` or `"kohya"`.
+        component: the component's name; empty where the prefix doesn't tell (PEFT's).
+        name: the module as the key spells it: with dots, kohya's with underscores.
+        role: `"down"`, `"up"`, `"mid"`, `"alpha"`, `"magnitude"` or `"dora_scale"`.
     """
 
-    shapes: dict[str, dict[str, tuple[int, ...]]]
-    flat: dict[str, dict[str, str]]
-
-    @classmethod
-    def of(cls, model: Model) -> Targets:
-        """The linears and convolutions of a model's text encoders and UNet."""
-        shapes = {}
-        for component in model.components:
-            if component.startswith("vae"):
-                continue
-            weights = model.weights(component)
-            paths = (name.removesuffix(".weight") for name in weights if name.endswith(".weight"))
-            shapes[component] = {
-                path: weights.shape(f"{path}.weight")
-                for path in paths
-                if len(weights.shape(f"{path}.weight")) in (2, 4) and not _TABLES.fullmatch(path)
-            }
-        flat = {component: _flat_names(component, table) for component, table in shapes.items()}
-        inverse = {new: old for old, new in unet_names(model.config("unet")).items()}
-        for path in shapes["unet"]:
-            original = translate(inverse, path)
-            if original is not None:
-                flat["unet"].setdefault(original.replace(".", "_"), path)
-        return cls(shapes, flat)
+    format: str
+    component: str
+    name: str
+    role: str
 
 
-def _flat_names(component: str, paths: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-    return {file_path(component, path).replace(".", "_"): path for path in paths}
+def parse(key: str) -> Key:
+    """Take a key apart.
+
+    Raises:
+        Unknown: with the reason.
+    """
+    stem, role = _split(key)
+    for prefix, component in FLAT.items():
+        if stem.startswith(prefix):
+            return Key("kohya", component, stem.removeprefix(prefix), role)
+    if stem.startswith(PEFT_PREFIX):
+        return Key("peft", "", stem.removeprefix(PEFT_PREFIX), role)
+    for component, prefix in DOTTED.items():
+        if stem.startswith(prefix):
+            return Key("diffusers", component, stem.removeprefix(prefix), role)
+    if _ROOTS.match(f"{stem}."):
+        return Key("diffusers", "unet", stem, role)
+    known = ", ".join([*DOTTED.values(), PEFT_PREFIX, *FLAT])
+    raise Unknown(f"unknown target: no component's prefix ({known})")
+
+
+def has_no_prefix(key: str) -> bool:
+    """Whether `key` starts with a UNet's own names."""
+    return bool(_ROOTS.match(key))
+
+
+def _split(key: str) -> tuple[str, str]:
+    """The part before a tensor's role, in today's spelling, and the role."""
+    old = _OLD.fullmatch(key)
+    if old:
+        text = old[1].startswith("text_encoder")
+        leaf = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "out_proj"}[old[2]]
+        leaf = leaf if text else {"out": "to_out.0"}.get(old[2], f"to_{old[2]}")
+        return f"{old[1]}.{leaf}", old[3].removesuffix(".weight")
+    for role, pattern in _ROLE_PATTERNS.items():
+        match = pattern.fullmatch(key)
+        if match:
+            stem = match[1].replace(".processor.", ".")
+            return (f"{stem}.0" if stem.endswith(".to_out") else stem), role
+    for pattern, reason in _UNSUPPORTED_PATTERNS.items():
+        if pattern.match(key):
+            raise Unknown(f"unsupported: {reason}")
+    raise Unknown(
+        "no tensor of a LoRA: expected lora_A/lora_B, lora_down/lora_up, lora_mid, alpha,"
+        " lora_magnitude_vector or dora_scale"
+    )
 
 
 def file_path(component: str, path: str) -> str:
@@ -101,54 +133,3 @@ def file_path(component: str, path: str) -> str:
     if not component.startswith("text_encoder") or path.startswith("text_projection"):
         return path
     return "text_model." + path.removeprefix("text_model.")
-
-
-def place(key: str, targets: Targets) -> tuple[str, str, str]:
-    """The component, module path and role (`"down"`, `"up"`, `"alpha"`) of a key.
-
-    Raises:
-        Unknown: with the reason.
-    """
-    module, role = _split(key)
-    for prefix, component in _FLAT.items():
-        if module.startswith(prefix):
-            name = module.removeprefix(prefix)
-            path = targets.flat.get(component, {}).get(name)
-            return _found(component, path, name, targets), path or "", role
-    for prefix, component in _DOTTED.items():
-        if module.startswith(prefix):
-            name = module.removeprefix(prefix)
-            path = module_path(component, name)
-            known = path if path in targets.shapes.get(component, {}) else None
-            return _found(component, known, name, targets), path, role
-    raise Unknown(f"unknown target: no component's prefix ({', '.join([*_DOTTED, *_FLAT])})")
-
-
-def module_path(component: str, name: str) -> str:
-    """A dotted module path of a file as the installed libraries spell it."""
-    if not component.startswith("text_encoder") or name.startswith("text_projection"):
-        return name
-    return text_prefix(component) + name.removeprefix("text_model.")
-
-
-def _found(component: str, path: str | None, name: str, targets: Targets) -> str:
-    if component not in targets.shapes:
-        raise Unknown(f"unknown target: the model has no {component}")
-    if path is None:
-        raise Unknown(f"unknown target: {component} has no linear or convolution {name}")
-    return component
-
-
-def _split(key: str) -> tuple[str, str]:
-    old = _PROCESSOR.fullmatch(key)
-    if old:
-        leaf = "to_out.0" if old[2] == "to_out" else old[2]
-        return f"{old[1]}.{leaf}", old[3]
-    for role, pattern in _ROLES.items():
-        match = pattern.fullmatch(key)
-        if match:
-            return match[1], role
-    for part, reason in _UNSUPPORTED.items():
-        if part in key:
-            raise Unknown(reason)
-    raise Unknown("no tensor of a LoRA: expected lora_A/lora_B, lora_down/lora_up or alpha")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from heatsink.runtime.digest import image_digest
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 DEFAULT_STRENGTH = 0.8
+Adapters = str | Mapping[str, float] | Sequence[str | Mapping[str, float] | None] | None
+"""Adapters of a call: one choice for all prompts, or a list with one for each."""
 
 
 def make_requests(
@@ -24,6 +26,7 @@ def make_requests(
     strength: float | None,
     seed: int | Sequence[int],
     size: tuple[int, int] | int | None,
+    adapters: Adapters = None,
     **fields: Any,
 ) -> tuple[list[Request], list[Image | None]]:
     """A request for each prompt, and its picture or None.
@@ -35,6 +38,8 @@ def make_requests(
         strength: of the requests that have a picture; 0.8 where not given.
         seed: one number (prompt i takes seed + i), or one for each.
         size: (height, width), or one number for both.
+        adapters: `{name: weight}` or a name (weight 1) for all, or a list with one of these or None
+            for each.
         **fields: of `Request`, the same for all.
 
     Raises:
@@ -47,6 +52,7 @@ def make_requests(
     if strength is not None and image is None:
         raise InvalidRequest(f"strength: expected an image beside it, got {strength} alone")
     seeds = _seeds(seed, count)
+    mixes = [_mix(each) for each in _each("adapters", adapters, count)]
     negatives = _each("negative_prompt", negative_prompt, count)
     digests: dict[int, str] = {id(each): image_digest(each) for each in images if each is not None}
     requests = [
@@ -58,6 +64,7 @@ def make_requests(
             width=width,
             strength=None if images[i] is None else _strength(strength),
             image_digest=None if images[i] is None else digests[id(images[i])],
+            adapters=mixes[i],
             **fields,
         )
         for i in range(count)
@@ -67,6 +74,20 @@ def make_requests(
 
 def _strength(strength: float | None) -> float:
     return DEFAULT_STRENGTH if strength is None else strength
+
+
+def _mix(adapters: Any) -> dict[Any, Any]:
+    """What one prompt uses, as the request holds it."""
+    if adapters is None:
+        return {}
+    if isinstance(adapters, str):
+        return {adapters: 1.0}
+    if not isinstance(adapters, Mapping):
+        raise InvalidRequest(
+            f"adapters: expected {{name: weight}}, a name or None (or a list with one of these for "
+            f"each prompt), got {adapters!r}"
+        )
+    return dict(adapters)
 
 
 def _seeds(seed: Any, count: int) -> list[Any]:

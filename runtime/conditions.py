@@ -12,6 +12,7 @@ from heatsink.runtime.request import Request
 from heatsink.runtime.text import Tokenizer
 
 RunComponent = Callable[[str, dict[str, Array]], dict[str, Array]]
+AdapterInputs = Callable[[str, Sequence[int]], dict[str, Array]]
 
 
 @dataclass
@@ -22,6 +23,10 @@ class Conditions:
     notes: list[list[str]] = field(default_factory=list)
 
 
+def _no_adapters(component: str, owners: Sequence[int]) -> dict[str, Array]:
+    return {}
+
+
 def encode(
     requests: Sequence[Request],
     encoders: Sequence[str],
@@ -29,6 +34,7 @@ def encode(
     run: RunComponent,
     *,
     zero_empty_negative: bool = False,
+    adapter_inputs: AdapterInputs = _no_adapters,
 ) -> Conditions:
     """Encode the prompts of all requests in one batch.
 
@@ -40,6 +46,8 @@ def encode(
         run: runs a component on rows.
         zero_empty_negative: an empty negative prompt is zeros instead of encoded, as SDXL's base
             asks.
+        adapter_inputs: the inputs of a component's adapter ports, for rows of the requests at
+            these places; empty where none has an adapter there.
     """
     texts: list[str] = []
     spans: list[range] = []
@@ -47,12 +55,13 @@ def encode(
         own = [request.prompt] if request.rows == 1 else [request.negative_prompt, request.prompt]
         spans.append(range(len(texts), len(texts) + len(own)))
         texts += own
+    owners = [place for place, span in enumerate(spans) for _ in span]
     hidden: list[Array] = []
     notes: list[list[str]] = [[] for _ in texts]
     pooled: Array | None = None
     for name, tokenizer in zip(encoders, tokenizers, strict=True):
         ids, cuts = tokenizer.encode(texts)
-        out = run(name, {"input_ids": ids})
+        out = run(name, {"input_ids": ids, **adapter_inputs(name, owners)})
         hidden.append(out["hidden"])
         pooled = out.get("pooled", pooled)
         for place, cut in enumerate(cuts):

@@ -6,35 +6,38 @@ component, a function that runs rows. `heatsink.load` does that.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from heatsink.runtime import pictures
-from heatsink.runtime.arguments import make_requests
+from heatsink.runtime.adapter_delta import AdapterDelta
+from heatsink.runtime.adapter_info import AdapterInfo
+from heatsink.runtime.adapter_intake import add_file
+from heatsink.runtime.adapter_lease import Lease, trimmed
+from heatsink.runtime.adapter_mix import Mix
+from heatsink.runtime.adapters import AdapterBank
+from heatsink.runtime.arguments import Adapters, make_requests
 from heatsink.runtime.backends.session import Array
 from heatsink.runtime.buckets import alike
 from heatsink.runtime.conditions import Conditions, encode
 from heatsink.runtime.digest import image_digest
-from heatsink.runtime.errors import NotBuilt, NumericError
+from heatsink.runtime.errors import InvalidRequest, NotBuilt, NumericError
 from heatsink.runtime.request import Request
 from heatsink.runtime.result import Receipt, Result
 from heatsink.runtime.sampler import Job, denoise, new_job
 from heatsink.runtime.schedule import Schedule, make_schedule
-from heatsink.runtime.spec import EngineSpec
+from heatsink.runtime.spec import NO_PORTS, EngineSpec
+from heatsink.runtime.stages import Clock, Progress, staged
 from heatsink.runtime.starts import check_images, encode_images
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from PIL.Image import Image
 
 RunRows = Callable[[Mapping[str, Array]], dict[str, Array]]
-Progress = Callable[[str, int, int], None]
 
 
 class Engine:
@@ -44,15 +47,86 @@ class Engine:
         spec: the description.
         components: for each component's name the function that runs its rows. A row's bits must
             not depend on the rows beside it; then an image depends on its request and this engine
-            alone.
+            alone. Those that the bank has a layout of also take `adapter_slots` and
+            `adapter_scales`, and run without where no row has an adapter.
+        bank: of an engine with adapter ports.
     """
 
-    def __init__(self, spec: EngineSpec, components: Mapping[str, RunRows]) -> None:
+    def __init__(
+        self,
+        spec: EngineSpec,
+        components: Mapping[str, RunRows],
+        bank: AdapterBank | None = None,
+    ) -> None:
         self.spec = spec
+        self.bank = bank
         self._components = components
 
     def __repr__(self) -> str:
         return f"<Engine {self.spec.name} {self.spec.digest[:12]} {sorted(self._components)}>"
+
+    def add_adapter(
+        self,
+        name: str,
+        adapter: str | Path | Iterable[AdapterDelta],
+        *,
+        ignore: Sequence[str] = (),
+    ) -> AdapterInfo:
+        """Make an adapter known under a name; requests under way are not disturbed.
+
+        A name that is there already stands for the new content from then on.
+
+        Args:
+            name: what requests call it.
+            adapter: a LoRA file (safetensors), or its deltas.
+            ignore: keys of the file, or shell patterns of keys, to leave out.
+
+        Returns:
+            Its name and digest, the modules it changes, and the receipt of the file's keys.
+
+        Raises:
+            NotBuilt: the engine has no adapter ports.
+            UnsafeFile, DamagedFile, AdapterError: it can't be applied whole, so nothing of it is;
+                see `adapter_intake.add_file` and `adapter_stack.stack`. The engine is as before.
+            InvalidRequest: the name is none, or `ignore` fits nothing.
+        """
+        bank = self._bank()
+        if isinstance(adapter, str | Path):
+            return add_file(bank, name, adapter, ignore=ignore)
+        if ignore:
+            raise InvalidRequest("ignore: expected a file beside it, got deltas")
+        return bank.add(name, adapter)
+
+    def remove_adapter(self, name: str) -> None:
+        """Forget an adapter; requests under way keep it.
+
+        Raises:
+            NotBuilt: the engine has no adapter ports.
+            UnknownAdapter: there is none of that name.
+        """
+        self._bank().remove(name)
+
+    @property
+    def adapters(self) -> dict[str, AdapterInfo]:
+        """The adapters by name: their digests, what they change, and where they are loaded."""
+        return {} if self.bank is None else self.bank.infos()
+
+    def _bank(self) -> AdapterBank:
+        if self.bank is None:
+            raise NotBuilt(NO_PORTS)
+        return self.bank
+
+    def resolve(self, request: Request) -> Request:
+        """The request with its size filled in, if this engine can answer it now.
+
+        Raises:
+            InvalidRequest, NotBuilt: see `EngineSpec.resolve`.
+            UnknownAdapter: it names an adapter that was not added.
+        """
+        request = self.spec.resolve(request, ports=self.bank is not None)
+        if self.bank is not None:
+            self.bank.check(request.adapters)
+        return request
 
     def generate(
         self,
@@ -66,6 +140,7 @@ class Engine:
         guidance: float = 5.0,
         scheduler: str = "dpm++2m",
         size: tuple[int, int] | int | None = None,
+        adapters: Adapters = None,
         progress: Progress | None = None,
     ) -> Result:
         """Make an image of each prompt.
@@ -80,6 +155,8 @@ class Engine:
             guidance: scale of classifier-free guidance; 1 turns it off and halves the work.
             scheduler: `euler`, `dpm++2m`, `ddim` or `lcm`.
             size: (height, width) in pixels, or one number for both; the engine's own if not given.
+            adapters: `{name: weight}` of adapters that were added, or a name (weight 1), for all
+                prompts; or a list with one of these or None for each prompt.
             progress: called with ("text" | "image" | "unet" | "vae", done, total).
 
         Returns:
@@ -88,6 +165,8 @@ class Engine:
         Raises:
             InvalidRequest: an argument is out of range or lists differ in length.
             NotBuilt: the engine was not built for the size, or has no VAE encoder for `image`.
+            UnknownAdapter: an adapter was not added.
+            CapacityError: the prompts need more different adapters than the bank has room for now.
             NumericError: a component gave NaN or infinity; names the request and the step.
         """
         requests, images = make_requests(
@@ -100,6 +179,7 @@ class Engine:
             steps=steps,
             guidance=guidance,
             scheduler=scheduler,
+            adapters=adapters,
         )
         return self.run(requests, images, progress=progress)
 
@@ -120,35 +200,61 @@ class Engine:
         Raises:
             InvalidRequest: a size or number of steps does not fit the model, or a picture its
                 request.
-            NotBuilt, NumericError: as `generate`.
+            NotBuilt, UnknownAdapter, CapacityError, NumericError: as `generate`.
         """
         report = progress or (lambda stage, done, total: None)
-        clock = _Clock()
-        requests = [self.spec.resolve(request) for request in requests]
+        clock = Clock()
+        requests = [self.resolve(request) for request in requests]
         images = [None] * len(requests) if images is None else list(images)
         check_images(requests, images)
         plans = [self._plan(request) for request in requests]
         if not requests:
             return Result([], [], [], clock.seconds)
-        with _stage(clock, report, "text", len(requests)):
-            conditions = self._encode_text(requests)
-        with _stage(clock, report, "image", sum(image is not None for image in images)):
-            starts = encode_images(requests, images, self._run)
+        with self._lease(requests) as lease:
+            results, receipts = self._answer(requests, images, plans, lease, clock, report)
+        return Result(results, requests, receipts, clock.seconds)
+
+    def _lease(self, requests: Sequence[Request]) -> Lease:
+        """Hold the adapters of all requests until the call is done."""
+        if self.bank is None:
+            return Lease([Mix((), {}) for _ in requests], {}, lambda slots: None)
+        return self.bank.acquire(*(request.adapters for request in requests))
+
+    def _answer(
+        self,
+        requests: Sequence[Request],
+        images: Sequence[Image | None],
+        plans: Sequence[Schedule],
+        lease: Lease,
+        clock: Clock,
+        report: Progress,
+    ) -> tuple[list[Image], list[Receipt]]:
+        # By content from here on: what a name stands for may change while this runs.
+        answered = [
+            request.replace(adapters=mix.weights) if request.adapters else request
+            for request, mix in zip(requests, lease.mixes, strict=True)
+        ]
+        lease.wait()
+        with staged(clock, report, "text", len(answered)):
+            conditions = self._encode_text(answered, lease)
+        with staged(clock, report, "image", sum(image is not None for image in images)):
+            starts = encode_images(answered, images, self._run)
+        self._add_adapters(conditions.rows, lease)
         jobs = [
             self._job(*parts)
-            for parts in zip(requests, plans, conditions.rows, starts, strict=True)
+            for parts in zip(answered, plans, conditions.rows, starts, strict=True)
         ]
         with clock.measure("unet"):
             report("unet", 0, sum(len(job.schedule) * len(job.conditions) for job in jobs))
             self._denoise(jobs, lambda done, total: report("unet", done, total))
-        with _stage(clock, report, "vae", len(jobs)):
+        with staged(clock, report, "vae", len(jobs)):
             pixels = self._decode(jobs)
         results = [pictures.to_image(each) for each in pixels]
         receipts = [
             self._receipt(*parts)
-            for parts in zip(requests, jobs, results, conditions.notes, strict=True)
+            for parts in zip(answered, jobs, results, conditions.notes, lease.mixes, strict=True)
         ]
-        return Result(results, requests, receipts, clock.seconds)
+        return results, receipts
 
     def _plan(self, request: Request) -> Schedule:
         return make_schedule(
@@ -160,11 +266,19 @@ class Engine:
             raise NotBuilt(f"this engine was built without {component}")
         return self._components[component](inputs)
 
-    def _encode_text(self, requests: Sequence[Request]) -> Conditions:
+    def _encode_text(self, requests: Sequence[Request], lease: Lease) -> Conditions:
         return encode(
             requests, self.spec.text_encoders, self.spec.tokenizers, self._run,
-            zero_empty_negative=self.spec.zero_empty_negative,
+            zero_empty_negative=self.spec.zero_empty_negative, adapter_inputs=lease.row_inputs,
         )  # fmt: skip
+
+    @staticmethod
+    def _add_adapters(rows: Sequence[Sequence[dict[str, Array]]], lease: Lease) -> None:
+        """Give every row of the UNet the adapters of its request."""
+        owners = [place for place, own in enumerate(rows) for _ in own]
+        inputs = lease.row_inputs("unet", owners)
+        for index, row in enumerate(row for own in rows for row in own):
+            row.update({name: values[index] for name, values in inputs.items()})
 
     def _job(
         self,
@@ -192,7 +306,7 @@ class Engine:
             own = sum(job.rows_left for job in group)
             denoise(
                 group,
-                lambda inputs: self._run("unet", inputs)["out"],
+                lambda inputs: self._run("unet", trimmed(inputs))["out"],
                 lambda done, _, before=before: report(before + done, total),  # type: ignore[misc]
             )
             before += own
@@ -209,32 +323,10 @@ class Engine:
                 pixels[place] = image
         return pixels
 
-    def _receipt(self, request: Request, job: Job, image: Image, notes: list[str]) -> Receipt:
+    def _receipt(
+        self, request: Request, job: Job, image: Image, notes: list[str], mix: Mix
+    ) -> Receipt:
         return Receipt(
             request.digest, self.spec.digest, image_digest(image),
-            len(job.schedule), len(job.conditions), tuple(notes),
+            len(job.schedule), len(job.conditions), tuple(notes), mix.uses,
         )  # fmt: skip
-
-
-class _Clock:
-    """Wall-clock seconds by stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def measure(self, stage: str) -> Iterator[None]:
-        begun = time.perf_counter()
-        yield
-        self.seconds[stage] = time.perf_counter() - begun
-
-
-@contextmanager
-def _stage(clock: _Clock, report: Progress, name: str, total: int) -> Iterator[None]:
-    """Time a stage and report its beginning and end; nothing is reported where nothing is done."""
-    if total:
-        report(name, 0, total)
-    with clock.measure(name):
-        yield
-    if total:
-        report(name, total, total)

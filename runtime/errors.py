@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 
 class HeatsinkError(Exception):
     """The base of this package's errors."""
@@ -38,6 +40,18 @@ class AdapterError(CallerError):
         self.refused = refused or {}
 
 
+class DamagedFile(AdapterError):
+    """An adapter's file is empty, truncated or no safetensors."""
+
+
+class UnknownAdapter(CallerError):
+    """An adapter is named that is not there; `known` lists the names that are."""
+
+    def __init__(self, message: str, known: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.known = tuple(known)
+
+
 class EngineMismatch(CallerError):
     """An engine folder is of another version, damaged, or answers otherwise than once built."""
 
@@ -48,6 +62,10 @@ class NotBuilt(CallerError):
 
 class MissingDependency(CallerError):
     """An optional library is needed; the message says what to install."""
+
+
+class MergeTimeout(HeatsinkError):
+    """The gate did not open in time: requests, or a merge, were still under way."""
 
 
 class NumericError(HeatsinkError):
@@ -62,3 +80,14 @@ class NonFiniteWeights(NumericError, ModelError):
 
 class ResourceError(HeatsinkError):
     """The machine ran out of disk, memory or device memory."""
+
+
+class CapacityError(HeatsinkError):
+    """All room is taken; nothing was started, and it may work once others are done.
+
+    `holders` says what holds each place.
+    """
+
+    def __init__(self, message: str, holders: Mapping[int, str] | None = None) -> None:
+        super().__init__(message)
+        self.holders = dict(holders or {})

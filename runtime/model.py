@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from heatsink.runtime import components
 from heatsink.runtime.errors import CallerError, ModelError
-from heatsink.runtime.model_folder import Config, Layout, read_folder
+from heatsink.runtime.model_folder import Config, Layout, Part, read_extra, read_folder
 from heatsink.runtime.weights import Progress, Weights, refuse_pickle, sha256_of
 
 # What a configuration records about who wrote it; two models that differ in these alone are the
@@ -31,6 +31,8 @@ class Model:
         path: what was opened.
         components: the names of its networks; `vae_decoder` and `vae_encoder` are the halves of
             `vae`.
+        extras: names of networks that lie beside them in the folder (`controlnet`). `config` and
+            `weights` know them, too.
         notes: what was ignored or chosen while opening, each a sentence for the user.
         scheduler_config: the scheduler's configuration as diffusers writes it.
         settings: the pipeline's own settings (`force_zeros_for_empty_prompt`, ...).
@@ -40,10 +42,12 @@ class Model:
         self.path = path
         self.kind = layout.kind
         self.components = components.COMPONENTS[layout.kind]
+        self.extras = tuple(layout.extras)
         self.notes = tuple(layout.notes)
         self.scheduler_config: Config = dict(layout.scheduler)
         self.settings: Config = dict(layout.settings)
         self._layout = layout
+        self._extra_parts: dict[str, Part] = {}
         self._weights: dict[str, Weights] = {}
         self._digests: dict[str, str] = {}
         self._check_channels()
@@ -89,13 +93,13 @@ class Model:
 
     def config(self, component: str) -> Config:
         """The configuration of a component, as diffusers or transformers wrote it (a copy)."""
-        return dict(self._layout.parts[components.part_of(self._known(component))].config)
+        return dict(self._part(self._known(component)).config)
 
     def weights(self, component: str) -> Weights:
         """The component's tensors under its module's names, mapped and not yet read."""
         self._known(component)
         if component not in self._weights:
-            part = self._layout.parts[components.part_of(component)]
+            part = self._part(component)
             name = functools.partial(components.module_name, component)
             self._weights[component] = Weights(component, part.entries).rename(name)
         return self._weights[component]
@@ -190,9 +194,16 @@ class Model:
             )
         return self._layout.tokenizers[index]
 
+    def _part(self, component: str) -> Part:
+        if component not in self.extras:
+            return self._layout.parts[components.part_of(component)]
+        if component not in self._extra_parts:
+            self._extra_parts[component] = read_extra(self._layout, component)
+        return self._extra_parts[component]
+
     def _known(self, component: str) -> str:
-        if component not in self.components:
-            known = ", ".join(self.components)
+        if component not in (*self.components, *self.extras):
+            known = ", ".join((*self.components, *self.extras))
             raise CallerError(f"{self.path} has no component {component!r}; it has {known}")
         return component
 

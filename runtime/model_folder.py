@@ -33,6 +33,8 @@ PARTS = {
     },
 }
 TOKENIZERS = {"sd1": ("tokenizer",), "sdxl": ("tokenizer", "tokenizer_2")}
+EXTRAS = {"controlnet": "ControlNetModel"}
+"""Networks that may lie in a model's folder beside its own, each with its class."""
 _IGNORED = ("safety_checker", "feature_extractor", "image_encoder", "watermark")
 
 
@@ -46,7 +48,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Layout:
-    """A model as found on disk. `notes` says in words what was chosen or left aside."""
+    """A model as found on disk.
+
+    `notes` says in words what was chosen or left aside; `extras` are the folders of networks that
+    the pipeline doesn't name, read when they are asked for.
+    """
 
     kind: str
     parts: dict[str, Part]
@@ -54,6 +60,8 @@ class Layout:
     scheduler: Config
     settings: Config
     notes: list[str] = field(default_factory=list)
+    extras: dict[str, Path] = field(default_factory=dict)
+    variant: str | None = None
 
 
 def read_folder(folder: Path, variant: str | None) -> Layout:
@@ -90,7 +98,19 @@ def read_folder(folder: Path, variant: str | None) -> Layout:
     tokenizers = tuple(tokenizer_in(folder / each) for each in TOKENIZERS[kind])
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     settings = {k: v for k, v in index.items() if not k.startswith("_") and not isinstance(v, list)}
-    return Layout(kind, parts, tokenizers, scheduler, settings, notes)
+    extras = {name: folder / name for name in EXTRAS if (folder / name / "config.json").is_file()}
+    return Layout(kind, parts, tokenizers, scheduler, settings, notes, extras, variant)
+
+
+def read_extra(layout: Layout, name: str) -> Part:
+    """Read a network of `layout.extras`; errors as of `read_folder`."""
+    folder = layout.extras[name]
+    config = read_json(folder / "config.json")
+    if config.get("_class_name") != EXTRAS[name]:
+        raise ModelError(
+            f"{folder} holds a {config.get('_class_name')} (config.json), expected {EXTRAS[name]}"
+        )
+    return Part(config, _read_weights(folder, layout.variant, layout.notes))
 
 
 def read_json(path: Path) -> Config:

@@ -3,23 +3,31 @@
 Targets of one shape share two tensors, so that a graph has few inputs however many ports it has.
 Port p of a group and slot s have row `p * slots + s` of both:
 
-    bank.G.a  (ports * slots, rank, in)  or, of a convolution, (ports * slots, rank, in, kh, kw)
+    bank.G.a  (ports * slots, rank, in)  or, of a convolution, (ports * slots, rank, kh, kw, in)
     bank.G.b  (ports * slots, rank, out)
 
 A slot's unused ranks are zero. `b` is stored with the rank first, the transpose of an adapter's B,
-so that a row's expansion reads it along its outputs.
+so that a row's expansion reads it along its outputs. A convolution's `a` has its inputs last
+(`PortGroup.stored`), so that each of its taps is a row of a matrix that the image's channels are
+multiplied with; `a.movedim(-1, 2)` is the usual form, a view.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SLOTS_INPUT = "adapter_slots"
 """int64 `(batch, n)`: the slots of a row's adapters; -1 is none."""
 SCALES_INPUT = "adapter_scales"
 """float32 `(batch, n)`: their scales; ignored where the slot is -1."""
+ROWS_INPUT = "adapter_rows"
+"""int64 `(adapted,)`: of a ported graph, which rows have adapters. There slots and scales are
+`(adapted, n)`, theirs alone; who runs the graph makes this of the whole batch's."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,15 @@ class PortGroup:
     inputs: tuple[int, ...]
     outputs: int
     members: tuple[str, ...]
+
+    @property
+    def stored_inputs(self) -> tuple[int, ...]:
+        """A slot's `a` without the rank: `(in,)` or `(kh, kw, in)`."""
+        return (*self.inputs[1:], self.inputs[0])
+
+    def stored(self, a: Tensor) -> Tensor:
+        """An adapter's `a` `(r, in[, kh, kw])` as the bank holds it, `(r, *stored_inputs)`."""
+        return a.reshape(a.shape[0], *self.inputs).movedim(1, -1)
 
 
 @dataclass(frozen=True)
@@ -66,7 +83,7 @@ class PortLayout:
         shapes: dict[str, tuple[int, ...]] = {}
         for g, group in enumerate(self.groups):
             rows = len(group.members) * self.slots
-            shapes[f"bank.{g}.a"] = (rows, self.rank, *group.inputs)
+            shapes[f"bank.{g}.a"] = (rows, self.rank, *group.stored_inputs)
             shapes[f"bank.{g}.b"] = (rows, self.rank, group.outputs)
         return shapes
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from heatsink.runtime.adapter_mix import AdapterUse
 from heatsink.runtime.errors import CallerError
 from heatsink.runtime.files import make_folder, write_whole
 from heatsink.runtime.request import Request
@@ -21,12 +22,13 @@ class Receipt:
     """What came of one request.
 
     Attributes:
-        request: digest of the request.
+        request: digest of the request, its adapters by content instead of by name.
         engine: digest of the engine's manifest.
         image: SHA-256 of the image's decoded pixels.
         steps: denoising steps that were executed.
         rows: rows of the UNet batch that the request held at every step.
         notes: what the caller should know, such as the part of a prompt that was cut.
+        adapters: what was applied: names, digests of their contents, weights.
     """
 
     request: str
@@ -35,10 +37,12 @@ class Receipt:
     steps: int
     rows: int
     notes: tuple[str, ...] = ()
+    adapters: tuple[AdapterUse, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """The receipt as plain JSON values."""
-        return {**self.__dict__, "notes": list(self.notes)}
+        adapters = [use.as_dict() for use in self.adapters]
+        return {**self.__dict__, "notes": list(self.notes), "adapters": adapters}
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,11 @@ from heatsink.runtime.request import Request
 from heatsink.runtime.schedule import ScheduleConfig
 from heatsink.runtime.text import Tokenizer
 
+NO_PORTS = (
+    "this engine has no adapter ports; build one that has with `heatsink build MODEL -o ENGINE "
+    "--adapters SLOTSxRANK`, or fuse an adapter at build time with `--fuse FILE:SCALE`"
+)
+
 
 @dataclass(frozen=True)
 class EngineSpec:
@@ -43,8 +48,12 @@ class EngineSpec:
     zero_empty_negative: bool = False
     adapters: Mapping[str, float] = field(default_factory=dict)
 
-    def resolve(self, request: Request) -> Request:
+    def resolve(self, request: Request, *, ports: bool = False) -> Request:
         """The request with its size filled in, if this engine can answer it.
+
+        Args:
+            request: what to make.
+            ports: whether the engine has adapter ports.
 
         Raises:
             InvalidRequest: a size that no engine of this model has.
@@ -63,11 +72,8 @@ class EngineSpec:
                     f"{name}: this engine was built for {built} pixels, got {value}; "
                     "build another with `heatsink build MODEL -o ENGINE --size HEIGHTxWIDTH`"
                 )
-        if request.adapters:
-            raise NotBuilt(
-                f"adapters {sorted(request.adapters)}: this engine has no adapter ports; fuse one "
-                "at build time with `heatsink build MODEL -o ENGINE --fuse FILE:SCALE`"
-            )
+        if request.adapters and not ports:
+            raise NotBuilt(f"adapters {sorted(request.adapters)}: {NO_PORTS}")
         return request
 
     def latent_shape(self, request: Request) -> tuple[int, int, int]:

@@ -82,7 +82,10 @@ def refused(outcome: Outcome, message: str, code: int = 2) -> None:
     [
         (["--backend", "tensorrt"], "NotBuilt: backend 'tensorrt' is not built yet"),
         (["--precision", "fp16"], "NotBuilt: precision 'fp16' is not built yet"),
-        (["--adapters", "4x16"], "NotBuilt: --adapters 4x16: not built yet"),
+        (["--adapters", "4"], "InvalidRequest: --adapters: expected SLOTSxRANK, such as 8x16"),
+        (["--adapters", "0x16"], "InvalidRequest: adapters: expected 1 to 4096 slots, got 0"),
+        (["--adapters", "4x513"], "InvalidRequest: adapters: expected 1 to 512 rank, got 513"),
+        (["--ports", "some"], "InvalidRequest: ports: expected one of all, linear, attention"),
         (["--controlnet", "folder"], "NotBuilt: --controlnet folder: not built yet"),
         (["--arch", "sm90"], "NotBuilt: --arch sm90: not built yet"),
         (["--size", "64x64:128x128"], "NotBuilt: --size 64x64:128x128: a range of sizes"),

@@ -72,6 +72,11 @@ def measure(device: torch.device, dtypes: Sequence[str] = ALL) -> Ceilings:
     )
 
 
+def copy_rate(device: torch.device) -> float:
+    """Bytes a second, read and written, of a copy that no cache holds."""
+    return _copy(device, 2**30)
+
+
 def _attempt(
     name: str, left_out: list[LeftOut], device: torch.device, rate: Callable[[], float]
 ) -> float:

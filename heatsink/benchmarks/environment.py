@@ -19,6 +19,8 @@ LIBRARIES = {
     "typer": "typer",
     "rich": "rich",
     "matplotlib": "matplotlib",
+    "diffusers": "diffusers",
+    "peft": "peft",
     "xformers": "xformers",
     "flash_attn_interface": "flash_attn_3",
     "sageattention": "sageattention",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from heatsink.benchmarks import attention, gates, merges, norms, steps
+from heatsink.benchmarks import adapters, attention, gates, merges, norms, steps
 from heatsink.benchmarks.family import Family
 
 FAMILIES: dict[str, Family] = {
+    **adapters.FAMILIES,
     **attention.FAMILIES,
     **norms.FAMILIES,
     **gates.FAMILIES,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -178,7 +177,7 @@ def _measure_case(
     left_out: list[LeftOut] = []
     try:
         inputs = case.make(device)
-        ours = Variant(OURS, _public(op), tolerance=family.tolerance(inputs))
+        ours = Variant(OURS, op.prepare, tolerance=family.tolerance(inputs))
         reference = Reference.of(family, inputs)
         ready = [make_ready(ours, inputs, reference)]
         cost = family.cost(inputs, ready[0].call())
@@ -197,10 +196,6 @@ def _measure_case(
         _row(one, mine, samples[0], device, least) for one, mine in zip(ready, samples, strict=True)
     ]
     return CaseResult(op.name, case.name, cost, tuple(rows), tuple(left_out))
-
-
-def _public(op: Op) -> Callable[[Inputs], Callable[[], Any]]:
-    return lambda inputs: lambda: op.outputs(inputs, op.public(**inputs))
 
 
 def _variants(

@@ -84,10 +84,33 @@ def _list_bench(root: Path) -> list[str]:
     return lines + [f"{one.name} left out: {one.reason}" for one in plan.left_out]
 
 
+def _lora(context: Context, keep: Callable[[Any], None]) -> None:
+    import torch
+
+    from heatsink.benchmarks import lora
+
+    settings = lora.defaults(torch.device("cuda"), None)
+    results = lora.run(settings, keep=lambda results: keep(results.as_dict()))
+    (context.folder / "lora.md").write_text(lora.markdown(results) + "\n", encoding="utf-8")
+    lora.plot(results, context.folder / "lora.png")
+
+
+def _list_lora(root: Path) -> list[str]:
+    import torch
+
+    from heatsink.benchmarks import lora
+
+    settings = lora.defaults(torch.device("cuda"), None)
+    swaps = [f"swap of every weight of {kind}, {settings.dtype}" for kind in settings.swaps]
+    mixed = [f"{settings.batch}: 8 rows, 1 to 8 adapters of rank {rank}" for rank in lora.RANKS]
+    return [*swaps, *mixed, f"banks of {', '.join(map(str, settings.slots))} slots"]
+
+
 WORKERS = {
     "tests": Worker(gpu_tests.run, gpu_tests.listing),
     "tuning": Worker(_tune, _list_tuning),
     "kernels": Worker(_bench, _list_bench),
+    "lora": Worker(_lora, _list_lora),
 }
 
 
@@ -114,6 +137,13 @@ STAGES = (
     Stage("tests", "tests marked gpu", 1.0, worker_command("tests"), ("pytest", "numpy")),
     Stage("tuning", "configurations of every kernel", 2.0, worker_command("tuning"), ("triton",)),
     Stage("kernels", "every op against what else there is", 2.0, worker_command("kernels")),
+    Stage(
+        "lora",
+        "swaps and mixed batches of adapters",
+        1.0,
+        worker_command("lora"),
+        ("triton", "diffusers", "peft"),
+    ),
 )
 
 

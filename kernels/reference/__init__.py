@@ -4,6 +4,7 @@ Integer and bit-specified ops are in `exact`; float ops are in NumPy's float64, 
 with the same arguments as the op. Nothing here is optimised or imports PyTorch or Triton.
 """
 
+from heatsink.kernels.reference.adapters import lora_rows
 from heatsink.kernels.reference.attention import attention
 from heatsink.kernels.reference.exact import (
     FINGERPRINT_FORMATS,
@@ -42,6 +43,7 @@ __all__ = [
     "guided_step",
     "layer_norm",
     "lora_merge",
+    "lora_rows",
     "noise_word",
     "philox_4x32_10",
     "rms_norm",

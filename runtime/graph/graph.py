@@ -16,6 +16,7 @@ from heatsink.runtime.graph.weight import Origin, Weight
 BATCH = "batch"
 PATH_KEY = "heatsink_path"
 WEIGHT_KEY = "heatsink_weight"
+INPUT_KEY = "heatsink_input"
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,11 @@ def module_path(node: fx.Node) -> str:
     path = node.meta[PATH_KEY]
     assert isinstance(path, str)
     return path
+
+
+def input_name(node: fx.Node) -> str:
+    """The name of an input by its placeholder, whose own target must be an identifier."""
+    return str(node.meta.get(INPUT_KEY, node.target))
 
 
 @dataclass
@@ -87,7 +93,14 @@ class Graph:
         """A graph that can be edited without changing this one; weights are shared."""
         module = fx.GraphModule(self.module, copy.deepcopy(self.module.graph))
         origins = {name: list(origins) for name, origins in self.origins.items()}
-        return replace(self, module=module, weights=dict(self.weights), origins=origins)
+        return replace(
+            self,
+            module=module,
+            weights=dict(self.weights),
+            origins=origins,
+            inputs=dict(self.inputs),
+            ranges=dict(self.ranges),
+        )
 
     def validate(self) -> None:
         """Check that the graph is well formed and that nothing lost its provenance.
@@ -105,7 +118,7 @@ class Graph:
                     f"{self.component}: node {node.name} ({node.target}) has no module path"
                 )
         self._validate_weights()
-        names = [node.target for node in self.input_nodes()]
+        names = [input_name(node) for node in self.input_nodes()]
         if names != list(self.inputs):
             raise HeatsinkError(
                 f"{self.component}: the graph takes {names}, "

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from heatsink.runtime.graph.graph import WEIGHT_KEY, Graph
+from heatsink.runtime.graph.graph import WEIGHT_KEY, Graph, input_name
 from heatsink.runtime.graph.weight import Weight
 
 
@@ -27,7 +27,7 @@ class GraphInterpreter(fx.Interpreter):
         values = [
             self._captured.weights[node.meta[WEIGHT_KEY]]
             if WEIGHT_KEY in node.meta
-            else given[str(node.target)]
+            else given[input_name(node)]
             for node in self._captured.nodes
             if node.op == "placeholder"
         ]

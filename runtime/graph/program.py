@@ -81,6 +81,6 @@ def _call_entry(graph: Graph) -> ModuleCallEntry:
         outputs=[],
         in_spec=pytree.tree_structure(arguments),
         out_spec=pytree.tree_structure(tuple(0 for _ in graph.outputs)),
-        forward_arg_names=list(graph.inputs),
+        forward_arg_names=[str(node.target) for node in graph.input_nodes()],
     )
     return ModuleCallEntry(fqn="", signature=signature)

@@ -180,3 +180,71 @@ def test_sections_are_frozen() -> None:
         known.buckets = [2]
     with pytest.raises(ValidationError, match="inside the engine folder"):
         Artefact(path="", sha256=ZEROS, bytes=0)
+
+
+# Adapter ports
+
+
+def with_ports() -> dict[str, Any]:
+    """The manifest of an engine whose UNet has ports."""
+    raw = fields()
+    part = raw["components"]["unet"]
+    part["artefacts"].append({"path": "unet_ports.onnx", "sha256": ZEROS, "bytes": 4})
+    raw["files"].append({"path": "adapters.json", "sha256": ZEROS, "bytes": 5})
+    ported = {
+        "graph": "unet_ports.onnx", "inputs": part["inputs"], "counts": [1, 2], "twin": True,
+        "parity": part["parity"], "known": raw["exactness"]["components"]["unet"],
+    }  # fmt: skip
+    raw["ports"] = {
+        "adapter_slots": 4, "adapter_rank": 8, "which": "all", "table": "adapters.json",
+        "components": {"unet": ported},
+    }  # fmt: skip
+    return raw
+
+
+def test_ports_are_read_back(tmp_path: Path) -> None:
+    manifest = Manifest.model_validate(with_ports())
+    manifest.write(tmp_path)
+    again = read_manifest(tmp_path)
+    assert again == manifest
+    assert again.ports.components["unet"].counts == [1, 2]
+    assert manifest.digest != Manifest.model_validate(fields()).digest
+
+
+def test_fields_that_came_later_do_not_change_an_older_digest() -> None:
+    # As it was written before there were any.
+    older = {"adapter_slots": 0, "adapter_rank": 0, "controlnet": False}
+    assert Manifest.model_validate(fields()).model_dump(mode="json")["ports"] == older
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda raw: raw["ports"]["components"]["unet"].update(graph="other.onnx"),
+            "'other.onnx' is no artefact of unet",
+        ),
+        (lambda raw: raw["ports"].update(table="x.json"), "'x.json' is not among the files"),
+        (
+            lambda raw: raw["ports"]["components"].update(
+                vae_decoder=raw["ports"]["components"]["unet"]
+            ),
+            "no artefact of vae_decoder",
+        ),
+        (
+            lambda raw: raw["ports"]["components"]["unet"].update(
+                known={"buckets": [1], "probe_seed": 1, "answers": []}
+            ),
+            "a strict engine needs known answers, unet has none",
+        ),
+        (lambda raw: raw["ports"]["components"]["unet"].update(counts=[]), "counts"),
+    ],
+)
+def test_ports_that_contradict_the_rest_are_refused(
+    tmp_path: Path, change: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    raw = with_ports()
+    raw["ports"]["components"]["unet"] = dict(raw["ports"]["components"]["unet"])
+    change(raw)
+    with pytest.raises(EngineMismatch, match=message):
+        read_manifest(store(tmp_path, raw))

@@ -174,10 +174,10 @@ def test_same_bits_as_through_triton(op: Op, case: Case, folder: Path) -> None:
         pytest.skip(reason=f"{op.name} is not written for this device")
     inputs = case.make(torch.device("cuda", 0))
     kernels.use_cache(None)
-    expected = [x.clone() for x in tensors(op.public(**inputs))]
+    expected = [x.clone() for x in tensors(op.prepare(inputs)())]
     kernels.use_cache(folder)
     try:
-        found = tensors(op.public(**inputs))
+        found = tensors(op.prepare(inputs)())
     finally:
         kernels.use_cache(None)
     for x, y in zip(found, expected, strict=True):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from heatsink.runtime.adapter_file import (
@@ -20,7 +19,6 @@ from heatsink.runtime.adapter_file import (
     scaled,
     write_adapter,
 )
-from heatsink.runtime.errors import AdapterError
 from heatsink.runtime.model import Model
 from heatsink.runtime.weights import Weights
 
@@ -259,66 +257,6 @@ def test_fusing_starts_from_the_pristine_base(tiny_sd1: Path, seed: int) -> None
     assert fuse_model(model, some_deltas(model)).digest("unet") != digest
     assert all(torch.equal(model.weights("unet")[name], before[name]) for name in before)
     assert fuse_model(model, []).digest("unet") == model.digest("unet")
-
-
-OLD_KEYS: dict[str, Callable[[str], str]] = {
-    "lora.down": lambda key: key.replace("lora_A", "lora.down").replace("lora_B", "lora.up"),
-    "linear_layer": lambda key: key.replace("lora_A", "lora_linear_layer.down").replace(
-        "lora_B", "lora_linear_layer.up"
-    ),
-    "default": lambda key: key.replace("lora_A", "lora_A.default").replace(
-        "lora_B", "lora_B.default"
-    ),
-    "no text_model": lambda key: key.replace("text_model.", ""),
-    "processor": lambda key: key.replace(".to_k.lora_A", ".processor.to_k_lora.down").replace(
-        ".to_k.lora_B", ".processor.to_k_lora.up"
-    ),
-}
-
-
-@pytest.mark.parametrize("style", OLD_KEYS)
-def test_other_spellings_of_keys(style: str, tiny_sd1: Path, tmp_path: Path, seed: int) -> None:
-    torch.manual_seed(seed)
-    model = Model.open(tiny_sd1)
-    deltas = [AdapterDelta(d.component, d.module_path, d.a, d.b) for d in some_deltas(model)]
-    write_adapter(tmp_path / "a", deltas)
-    renamed = {OLD_KEYS[style](key): value for key, value in load_file(tmp_path / "a").items()}
-    assert renamed.keys() != load_file(tmp_path / "a").keys()
-    save_file(renamed, tmp_path / "b")
-    assert_same(read_adapter(tmp_path / "b", model), deltas)
-
-
-def test_kohyas_sdxl_names_of_the_original_layout(
-    tiny_sdxl: Path, tmp_path: Path, seed: int
-) -> None:
-    torch.manual_seed(seed)
-    model = Model.open(tiny_sdxl)
-    path = "mid_block.attentions.0.transformer_blocks.1.attn2.to_k"
-    delta = lora(model, "unet", path, 4)
-    key = "lora_unet_middle_block_1_transformer_blocks_1_attn2_to_k"
-    file = {f"{key}.lora_down.weight": delta.a, f"{key}.lora_up.weight": delta.b}
-    save_file(file, tmp_path / "a")
-    # Without an alpha the scale is 1.
-    assert_same(read_adapter(tmp_path / "a", model), [delta])
-    save_file({**file, f"{key}.alpha": torch.tensor(2.0)}, tmp_path / "a")
-    assert_same(read_adapter(tmp_path / "a", model), scaled([delta], 0.5))
-
-
-def test_files_of_peft_itself(tiny_sd1: Path, tmp_path: Path, seed: int) -> None:
-    from diffusers import UNet2DConditionModel
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(seed)
-    unet = UNet2DConditionModel.from_pretrained(tiny_sd1 / "unet")
-    config = LoraConfig(r=4, lora_alpha=2, target_modules=["to_q"], init_lora_weights=False)
-    get_peft_model(unet, config).save_pretrained(tmp_path)
-    model = Model.open(tiny_sd1)
-    deltas = read_adapter(tmp_path / "adapter_model.safetensors", model)
-    assert {d.scale for d in deltas} == {0.5}
-    assert {d.module_path.rpartition(".")[2] for d in deltas} == {"to_q"}
-    (tmp_path / "adapter_config.json").unlink()
-    with pytest.raises(AdapterError, match=r"adapter_config\.json: that is missing"):
-        read_adapter(tmp_path / "adapter_model.safetensors", model)
 
 
 def test_alpha_given_to_the_writer(tiny_sd1: Path, tmp_path: Path, seed: int) -> None:

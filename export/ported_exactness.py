@@ -1,0 +1,202 @@
+"""Measures with how many adapters, and in which batch sizes, a graph with ports is exact.
+
+A row's bits may depend neither on the rows beside it, nor on their adapters, nor on how many
+adapters the inputs have room for, nor on which slots hold the row's own. A seeded probe is run in
+every bucket with room for 1, 2 and 4 adapters (4 twice), each time with rows at other places and
+adapters in other slots. Rows of it without adapters must answer as in the graph without ports.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from heatsink.export.exactness import PROBE_SEED, bucket_sizes, probe, row_answers
+from heatsink.export.manifest import KnownAnswer, TensorSpec
+from heatsink.runtime.backends.session import Array, Session
+from heatsink.runtime.errors import EngineMismatch
+from heatsink.runtime.port_layout import ROWS_INPUT, SCALES_INPUT, SLOTS_INPUT, PortLayout
+
+COUNTS = (1, 2, 4)
+# How many adapters the probe's rows have, in turn, where there is room for them.
+_OWN = (1, 0, 4, 2, 1, 1, 0, 1)
+# Deviation of a bank's values: each layer's term is seen, and none drowns the layer.
+_SPREAD = 0.03
+_SEEDED = 1 << 20
+
+Answers = dict[tuple[int, int], str]
+"""(row, adapters of it that there was room for) -> fingerprint."""
+
+
+def adapter_probe(layout: PortLayout, name: str, content: int, seed: int) -> Array:
+    """One adapter's part of a bank tensor, `(ports, rank, ...)`, drawn anew for each content."""
+    shape = layout.shapes()[name]
+    place = list(layout.shapes()).index(name)
+    rng = np.random.Generator(np.random.Philox(key=[seed, _SEEDED + place * 4096 + content]))
+    values = rng.standard_normal((shape[0] // layout.slots, *shape[1:]))
+    return np.asarray(values * _SPREAD, np.float32)
+
+
+def bank_probe(layout: PortLayout, slots: Sequence[int], seed: int) -> dict[str, Array]:
+    """A bank whose slot `slots[c]` holds adapter c."""
+    bank = {}
+    for name, shape in layout.shapes().items():
+        values = np.zeros((shape[0] // layout.slots, layout.slots, *shape[1:]), np.float32)
+        for content, slot in enumerate(slots):
+            values[:, slot] = adapter_probe(layout, name, content, seed)
+        bank[name] = values.reshape(shape)
+    return bank
+
+
+def uses(row: int, room: int, contents: int) -> list[tuple[int, float]]:
+    """The adapters of a row of the probe, and their weights."""
+    count = min(_OWN[row % len(_OWN)], room)
+    return [((row + i) % contents, 0.5 + 0.125 * ((row + 3 * i) % 5)) for i in range(count)]
+
+
+def port_inputs(mixes: Sequence[Sequence[tuple[int, float]]], room: int) -> dict[str, Array]:
+    """The inputs of a ported graph for rows with these slots and scales."""
+    adapted = [row for row, own in enumerate(mixes) if own]
+    slots = np.full((len(adapted), room), -1, np.int64)
+    scales = np.zeros((len(adapted), room), np.float32)
+    for place, row in enumerate(adapted):
+        for column, (slot, scale) in enumerate(mixes[row]):
+            slots[place, column], scales[place, column] = slot, scale
+    return {ROWS_INPUT: np.array(adapted, np.int64), SLOTS_INPUT: slots, SCALES_INPUT: scales}
+
+
+def _runs(bucket: int) -> list[tuple[int, int, list[int]]]:
+    """Room, a shift of the adapters' slots, and the rows of the probe by place, for each run."""
+    half, shift = bucket // 2, bucket.bit_length()
+    plain = list(range(bucket))
+    return [
+        (1, shift, plain),
+        (2, shift + 1, [*plain[half:], *plain[:half]]),
+        (4, shift + 2, list(range(half, half + bucket))[::-1]),
+        (4, shift + 3, plain),
+    ]
+
+
+def _slots(layout: PortLayout, shift: int) -> list[int]:
+    """The slots of the probe's adapters."""
+    contents = min(layout.slots, max(COUNTS))
+    return [(content + shift) % layout.slots for content in range(contents)]
+
+
+def _answer(
+    session: Session,
+    layout: PortLayout,
+    values: Mapping[str, Array],
+    rows: Sequence[int],
+    room: int,
+    slots: Sequence[int],
+    seed: int,
+) -> list[str]:
+    mixes = [[(slots[c], weight) for c, weight in uses(row, room, len(slots))] for row in rows]
+    given = {name: value[list(rows)] for name, value in values.items()}
+    bank = bank_probe(layout, slots, seed)
+    return row_answers(session.run({**given, **bank, **port_inputs(mixes, room)}))
+
+
+def measure(
+    session: Session,
+    inputs: list[TensorSpec],
+    layout: PortLayout,
+    largest: int,
+    twin: KnownAnswer,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[list[int], KnownAnswer, bool]:
+    """The counts and buckets that agree, their known answers, and whether the twin agrees.
+
+    Args:
+        session: of the graph with ports.
+        inputs: those of the graph without.
+        layout: of its ports.
+        largest: the largest batch.
+        twin: known answers of the graph without ports.
+        progress: called with the runs done and in all.
+
+    Raises:
+        EngineMismatch: no batch size gives a row the same bits at another place.
+    """
+    values = probe(inputs, largest + largest // 2, PROBE_SEED)
+    sizes = bucket_sizes(largest)
+    plan = [(bucket, *run) for bucket in sizes for run in _runs(bucket)]
+    found: dict[tuple[int, int], list[Answers]] = {}
+    for done, (bucket, room, shift, rows) in enumerate(plan):
+        slots = _slots(layout, shift)
+        fingerprints = _answer(session, layout, values, rows, room, slots, PROBE_SEED)
+        keys = [(row, len(uses(row, room, len(slots)))) for row in rows]
+        found.setdefault((bucket, room), []).append(dict(zip(keys, fingerprints, strict=True)))
+        if progress:
+            progress(done + 1, len(plan))
+    counts, buckets = _agreeing(found, sizes)
+    room, bucket = max(counts), max(buckets)
+    answers = _answer(session, layout, values, range(bucket), room, _slots(layout, 0), PROBE_SEED)
+    last = {(row, len(uses(row, room, layout.slots))): text for row, text in enumerate(answers)}
+    if not all(_agree(last, run) for run in found[bucket, room]):
+        raise EngineMismatch(
+            f"{session.name}: no batch size up to {largest} gives a row with adapters the same "
+            "bits at another place; build with --fast to do without exactness"
+        )
+    plain = [row for row in range(bucket) if not uses(row, room, layout.slots)]
+    agrees = all(twin.answers[row] == answers[row] for row in plain if row < len(twin.answers))
+    known = KnownAnswer(
+        buckets=buckets,
+        refused=[size for size in sizes if size not in buckets],
+        probe_seed=PROBE_SEED,
+        answers=answers,
+    )
+    return counts, known, agrees
+
+
+def _agree(first: Answers, second: Answers) -> bool:
+    return all(second[key] == answer for key, answer in first.items() if key in second)
+
+
+def _agreeing(
+    found: Mapping[tuple[int, int], Sequence[Answers]], sizes: Sequence[int]
+) -> tuple[list[int], list[int]]:
+    """The most pairs of count and bucket that agree, every count with every bucket."""
+    choices: list[tuple[tuple[int, int, int], list[int], list[int]]] = []
+    for length in range(1, len(COUNTS) + 1):
+        for counts in itertools.combinations(COUNTS, length):
+            for top in sizes:
+                buckets: list[int] = []
+                for bucket in [top, *(size for size in sizes[::-1] if size < top)]:
+                    runs = [run for b in [*buckets, bucket] for n in counts for run in found[b, n]]
+                    if all(_agree(a, b) for a, b in itertools.combinations(runs, 2)):
+                        buckets.append(bucket)
+                if buckets:
+                    score = (len(counts) * len(buckets), max(buckets), max(counts))
+                    choices.append((score, list(counts), sorted(buckets)))
+    _, counts_found, buckets_found = max(choices)
+    return counts_found, buckets_found
+
+
+def check(
+    session: Session,
+    inputs: list[TensorSpec],
+    layout: PortLayout,
+    counts: Sequence[int],
+    known: KnownAnswer,
+    bucket: int,
+) -> None:
+    """Run the known answer's first `bucket` rows and compare.
+
+    Raises:
+        EngineMismatch: this machine or library gives other bits than the one that built the engine.
+    """
+    room = max(counts)
+    values = probe(inputs, bucket, known.probe_seed)
+    slots = _slots(layout, 0)
+    found = _answer(session, layout, values, range(bucket), room, slots, known.probe_seed)
+    wrong = [row for row in range(bucket) if found[row] != known.answers[row]]
+    if wrong:
+        raise EngineMismatch(
+            f"{session.name} with adapters: batch {bucket} does not give the known answer here "
+            f"(rows {wrong[:8]}); results would not be the ones this engine was built for. Build "
+            "it again on this machine with `heatsink build MODEL -o ENGINE`"
+        )

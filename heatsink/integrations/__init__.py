@@ -1,0 +1,1 @@
+"""Heatsink inside other libraries."""

@@ -1,0 +1,221 @@
+"""Merges that fail, wait, or meet weights that were changed meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from heatsink.runtime.adapter_delta import AdapterDelta
+from heatsink.runtime.errors import AdapterError, CallerError, MergeTimeout, NonFiniteWeights
+from heatsink.runtime.merge import Merger
+from heatsink.runtime.model import Model
+from heatsink.runtime.pristine import ComponentSource
+
+
+def bad(change: str) -> Callable[[AdapterDelta], AdapterDelta]:
+    def broken(d: AdapterDelta) -> AdapterDelta:
+        a, b, path, scale, m = d.a.clone(), d.b.clone(), d.module_path, d.scale, None
+        if change == "nan":
+            a[0, 0] = float("nan")
+        elif change == "infinite magnitude":
+            m = torch.full((b.shape[0],), float("inf"))
+        elif change == "short magnitude":
+            m = torch.ones(b.shape[0] - 1)
+        elif change == "rows":
+            b = b[1:]
+        elif change == "inputs":
+            a = a[:, 1:]
+        elif change == "rank":
+            a = a[1:]
+        elif change == "path":
+            path += "s"
+        elif change == "scale":
+            scale = float("inf")
+        return AdapterDelta(d.component, path, a, b, scale, m)
+
+    return broken
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("nan", "non-finite: a holds NaN"),
+        ("infinite magnitude", "non-finite: magnitude holds"),
+        ("short magnitude", "wrong shape: magnitude"),
+        ("rows", "wrong shape"),
+        ("inputs", "wrong shape"),
+        ("rank", "wrong shape: a"),
+        ("path", "unet has no weight"),
+        ("scale", "the scale is inf"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_changes_nothing(
+    tools: Any, change: str, message: str, tiny_sd1: Path, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    live = tools.weights_of(tools.unet_of(tiny_sd1))
+    merger = Merger(live)
+    good = tools.adapter(live, tools.paths[:2])
+    merger.apply([(good, 1.0)])
+    before, applied = merger.digest(), merger.applied
+    broken = [
+        *tools.adapter(live, tools.paths[3:5]),
+        bad(change)(tools.adapter(live, tools.paths[2:3])[0]),
+    ]
+    with pytest.raises(AdapterError, match=message) as caught:
+        merger.apply([(good, 0.5), (broken, 1.0)])
+    assert list(caught.value.refused) == [f"unet.{broken[-1].module_path}"]
+    assert (merger.digest(), merger.applied) == (before, applied)
+    with pytest.raises(AdapterError, match="weight is nan"):
+        merger.apply([(good, float("nan"))])
+    assert merger.digest() == before
+
+
+def test_a_result_that_overflows_changes_nothing(tools: Any, tiny_sd1: Path, seed: int) -> None:
+    torch.manual_seed(seed)
+    live = tools.weights_of(tools.unet_of(tiny_sd1, torch.float16))
+    merger = Merger(live)
+    good, huge = tools.adapter(live, tools.paths[:2]), tools.adapter(live, tools.paths[1:3])
+    merger.apply([(good, 1.0)])
+    before = merger.digest()
+    with pytest.raises(NonFiniteWeights, match="2 merged weights hold NaN or infinity"):
+        merger.apply([(huge, 1e9)], check=True)
+    assert merger.digest() == before
+    merger.apply([(huge, 1.0)], check=True)
+    assert merger.digest() != before
+
+
+def test_a_launch_that_fails_half_way_is_undone(
+    tools: Any, tiny_sd1: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(seed)
+    live = tools.weights_of(tools.unet_of(tiny_sd1))
+    merger = Merger(live)
+    first, second = tools.adapter(live, tools.paths[:3]), tools.adapter(live, tools.paths[2:])
+    merger.apply([(first, 1.0)])
+    before = merger.digest()
+    plain = Merger._merge.__globals__["lora_merge"]
+    failing = iter([True, False])
+
+    def half(base: list[Tensor], out: list[Tensor], terms: list[object]) -> None:
+        if next(failing):
+            out[0].fill_(7.0)
+            raise RuntimeError("the launch failed")
+        plain(base, out, terms)
+
+    monkeypatch.setitem(Merger._merge.__globals__, "lora_merge", half)
+    with pytest.raises(RuntimeError, match="the launch failed"):
+        merger.apply([(second, 1.0)])
+    assert merger.digest() == before
+    assert next(failing, None) is None
+    assert [weight for _, weight in merger.applied] == [1.0]
+
+
+def test_weights_that_were_cast_or_moved_meanwhile(tools: Any, tiny_sd1: Path, seed: int) -> None:
+    torch.manual_seed(seed)
+    unet = tools.unet_of(tiny_sd1)
+    live = tools.weights_of(unet)
+    merger = Merger(live)
+    wanted = {key: value.detach().to(torch.bfloat16) for key, value in live.items()}
+    deltas = tools.adapter(live, tools.paths)
+    merger.apply([(deltas, 1.0)])
+    unet.to(torch.bfloat16)
+    with pytest.raises(AdapterError, match=r"was moved, cast or written .*remove\(\) first"):
+        merger.apply([(deltas, 0.5)])
+    merger.remove()
+    assert all(torch.equal(live[key], value) for key, value in wanted.items())
+    merger.apply([(deltas, 0.5)])
+    assert live[f"unet.{tools.paths[0]}.weight"].dtype == torch.bfloat16
+    merger.remove()
+    assert all(torch.equal(live[key], value) for key, value in wanted.items())
+
+
+def test_weights_that_are_written_while_no_adapter_is_in_them(
+    tools: Any, tiny_sd1: Path, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    unet = tools.unet_of(tiny_sd1)
+    live = tools.weights_of(unet)
+    merger, deltas = Merger(live), tools.adapter(live, tools.paths)
+    prepared = merger.prepare(deltas)
+    merger.apply([(prepared, 1.0)])
+    merger.remove()
+    # Another checkpoint, in the same memory and in another order of it.
+    others = {name: torch.randn_like(value) for name, value in unet.state_dict().items()}
+    unet.load_state_dict(others)
+    unet.to(memory_format=torch.channels_last)
+    merger.apply([(prepared, 1.0)])
+    key = tools.paths[4]
+    reference = tools.exact(
+        others[f"{key}.weight"], [(d, 1.0) for d in deltas if d.module_path == key]
+    )
+    assert (live[f"unet.{key}.weight"] - reference).abs().max() < 1e-5
+    merged = merger.digest()
+    unet.load_state_dict(unet.state_dict())
+    with pytest.raises(AdapterError, match="was moved, cast or written while an adapter"):
+        merger.apply([(prepared, 0.5)])
+    assert merger.digest() == merged
+    merger.remove()
+    assert all(torch.equal(live[f"unet.{name}"], value) for name, value in others.items())
+
+
+def test_weights_with_holes_in_memory_are_refused() -> None:
+    live = {"net.w.weight": torch.randn(4, 6)[:, ::2], "net.v.weight": torch.randn(4, 3)}
+    before = {key: value.clone() for key, value in live.items()}
+    both = [AdapterDelta("net", path, torch.randn(2, 3), torch.randn(4, 2)) for path in "vw"]
+    with pytest.raises(AdapterError, match=r"net\.w\.weight \(4, 3\) has the strides \(6, 2\)"):
+        Merger(live).apply([(both, 1.0)])
+    assert all(torch.equal(live[key], value) for key, value in before.items())
+
+
+def test_a_merge_waits_for_requests(tools: Any, tiny_sd1: Path, seed: int) -> None:
+    torch.manual_seed(seed)
+    live = tools.weights_of(tools.unet_of(tiny_sd1))
+    merger = Merger(live)
+    deltas, before = tools.adapter(live, tools.paths), merger.digest()
+    with ThreadPoolExecutor(1) as pool:
+        with merger.gate.request():
+            for call in (merger.apply, lambda _, timeout: merger.remove(timeout=timeout)):
+                task = pool.submit(call, [(deltas, 1.0)], timeout=0.02)
+                with pytest.raises(MergeTimeout, match="1 requests are under way"):
+                    task.result()
+            assert merger.digest() == before
+        pool.submit(merger.apply, [(deltas, 1.0)], timeout=5.0).result()
+    assert merger.digest() != before
+
+
+def test_mapped_weights_must_be_the_live_ones(tools: Any, tiny_sd1: Path, seed: int) -> None:
+    torch.manual_seed(seed)
+    model = Model.open(tiny_sd1)
+    live = tools.weights_of(tools.unet_of(tiny_sd1))
+    deltas, key = tools.adapter(live, tools.paths[:2]), f"unet.{tools.paths[1]}.weight"
+    source = ComponentSource({"unet": model.weights("unet")})
+    merger = Merger(live, keep="mapped", source=source)
+    with torch.no_grad():
+        live[key].view(-1)[0] += 1e-3
+    before = merger.digest()
+    with pytest.raises(AdapterError, match="another than the live one") as caught:
+        merger.apply([(deltas, 1.0)])
+    assert list(caught.value.refused) == [key]
+    assert merger.digest() == before
+    # Half precision in memory, single in the file: the cast is what is compared.
+    half = tools.weights_of(tools.unet_of(tiny_sd1, torch.bfloat16))
+    Merger(half, keep="mapped", source=source).apply([(deltas, 1.0)])
+    with pytest.raises(AdapterError, match="is the mapping itself"):
+        Merger(tools.weights_of(model.load_module("unet")), keep="mapped", source=source).apply(
+            [(deltas, 1.0)]
+        )
+    with pytest.raises(AdapterError, match="not in the checkpoint"):
+        Merger(live, keep="mapped", source={}).apply([(deltas, 1.0)])
+    with pytest.raises(CallerError, match="expected one of device, host, mapped"):
+        Merger(live, keep="disk")  # type: ignore[arg-type]
+    with pytest.raises(CallerError, match="source= is given with 'mapped', and only with it"):
+        Merger(live, keep="mapped")
+    assert set(source) == set(live)
+    assert len(source) == len(live)
