@@ -29,7 +29,6 @@ using heatsink::MergeWeight;
 constexpr int64_t kPlaces = 4;              // weight, row, step and magnitude of a term
 constexpr int64_t kTaskElements = 1 << 17;  // of a weight that a task has at most
 constexpr int64_t kTaskFloats = 1 << 16;  // of A that a task reads again and again: they stay in L2
-constexpr int64_t kGrainElements = 1 << 14;
 // Where more is written, the results do not go to the caches, whose other contents stay.
 constexpr int64_t kStreamBytes = 1 << 25;
 

@@ -1,9 +1,5 @@
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import import_module
@@ -14,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from heatsink.kernels import _native, reference
+from heatsink.kernels import reference
 from heatsink.kernels._merge_terms import flat
 from heatsink.kernels.lora_merge import Term, lora_merge
 
@@ -268,56 +264,6 @@ def test_rounded_once(seed: int, float64: Any) -> None:
         met = (merged(run, base, [made])[0].numpy() == wanted).mean()
         assert met > 0.998
     assert (plain(base[0], [made]).numpy() == wanted).mean() < 0.9
-
-
-@pytest.mark.skipif(not _native.available(), reason="needs the C++ extension")
-def test_large_calls_go_past_the_caches_with_the_same_bits(seed: int) -> None:
-    # More than 32 MiB in rows of whole cache lines, and the same weight alone.
-    large = torch.zeros(9000, 1024)
-    base = [normal((24, 64), torch.float32, seed), normal((24, 64), torch.float32, seed + 1), large]
-    terms = [term(base[0], 5, seed), term(base[1], 5, seed, number=1, magnitude=True)]
-    out = merged(lora_merge, base, terms)
-    assert torch.equal(out[2], large)
-    assert all(map(torch.equal, merged(lora_merge, base[:2], terms), out))
-
-
-BITS = """
-import json, sys, torch
-from heatsink.kernels.fingerprint import fingerprint
-sys.path.insert(0, sys.argv[1])
-from test_lora_merge import *
-torch.set_num_threads(int(sys.argv[2]))
-found = []
-for dtype in DTYPES:
-    base = [normal(shape, dtype, j) for j, shape in enumerate((*SHAPES, (1030, 640)))]
-    base[4] = base[4].contiguous(memory_format=torch.channels_last)
-    terms = [term(x, 7, j, dtype, number=j) for j, x in enumerate(base)]
-    terms += [term(x, 3, j, number=j, magnitude=True) for j, x in enumerate(base)]
-    found += [fingerprint(x[None]).hex()[0] for x in merged(lora_merge, base, terms)]
-print(json.dumps(found))
-"""
-
-
-@pytest.mark.skipif(not _native.available(), reason="needs the C++ extension")
-def test_bits_are_those_of_every_processor_and_number_of_threads() -> None:
-    def found_with(instructions: str, threads: int) -> list[str]:
-        done = subprocess.run(
-            [sys.executable, "-c", BITS, os.path.dirname(__file__), str(threads)],
-            env={**os.environ, "HEATSINK_CPU": instructions},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if "HEATSINK_CPU: expected one of" in done.stderr:
-            pytest.skip(f"this processor has no {instructions}")
-        assert done.returncode == 0, done.stderr
-        found: list[str] = json.loads(done.stdout)
-        return found
-
-    expected = found_with("portable", 1)
-    assert len(set(expected)) == len(expected)
-    for instructions in ("avx2", "avx512"):
-        assert found_with(instructions, 2) == expected
 
 
 def test_opcheck(seed: int) -> None:

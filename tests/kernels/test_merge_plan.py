@@ -74,8 +74,9 @@ def test_a_thousand_swaps_leave_no_trace(seed: int) -> None:
     ]
     expected = [fresh(base, [(terms[n], w) for n, w in chosen]) for chosen in sets]
     assert same(expected[0], base)
-    # No two sets give the same: a merge that did nothing would show.
-    assert not any(same(expected[i], expected[j]) for i in range(8) for j in range(i))
+    # No two sets give the same, but for the order: a merge that did nothing would show.
+    alike = [(i, j) for i in range(8) for j in range(i) if same(expected[i], expected[j])]
+    assert set(alike) <= {(5, 4)}
     before = [x.clone() for x in base]
     out = [torch.full_like(x, float("nan")) for x in base]
     plan = MergePlan(base, out)
