@@ -51,12 +51,12 @@ def defaults(device: torch.device, bundled: dict[str, Any] | None) -> Settings:
         bundled: a small UNet's configuration for the growing bank on a CPU, whose memory would not
             hold 256 adapters of a large one.
     """
+    slots: tuple[int, ...] = (1, 4, 16, 64, 256)
     if device.type == "cuda":
-        slots = (1, 4, 16, 64, 256)
         return Settings(
             ("sd15", "sdxl"), "sdxl", 128, None, slots, torch.bfloat16, device, rounds=15
         )
-    slots = (1, 4, 16, 64, 256) if bundled else (1, 4, 16)
+    slots = slots if bundled else (1, 4, 16)
     return Settings(("sd15",), "sd15", 16, bundled, slots, torch.float32, device, rounds=5)
 
 
@@ -88,15 +88,18 @@ def run(
         "rounds": settings.rounds,
     }
     results = Results(environment(), told)
-    common = {"dtype": settings.dtype, "device": settings.device, "rounds": settings.rounds}
+    common: dict[str, Any] = {
+        "dtype": settings.dtype,
+        "device": settings.device,
+        "rounds": settings.rounds,
+        "progress": progress,
+    }
     for kind in settings.swaps:
-        results.swaps.append(measure(kind, progress=progress, **common))  # type: ignore[arg-type]
+        results.swaps.append(measure(kind, **common))
         keep(results)
     config = unet_config(settings.batch)
     for rank in RANKS:
-        results.mixed += measure_mixed(
-            config, rank=rank, side=settings.side, progress=progress, **common
-        )  # type: ignore[arg-type]
+        results.mixed += measure_mixed(config, rank=rank, side=settings.side, **common)
         keep(results)
     small = settings.growth
     results.growth = measure_growth(
@@ -104,9 +107,8 @@ def run(
         slots=settings.slots,
         rank=RANKS[0],
         side=small["sample_size"] if small else settings.side,
-        progress=progress,
         **common,
-    )  # type: ignore[arg-type]
+    )
     keep(results)
     return results
 

@@ -99,7 +99,7 @@ class Bank:
             handle.remove()
 
     def _hook(self, layer: Any, a: Tensor, b: Tensor) -> Callable[..., None]:
-        geometry = (
+        geometry: dict[str, Any] = (
             {"stride": layer.stride[0], "padding": layer.padding[0]}
             if isinstance(layer, nn.Conv2d)
             else {}
