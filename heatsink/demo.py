@@ -1,4 +1,4 @@
-"""`make demo`: engines, a contact sheet of four styles, a measured comparison."""
+"""`make demo`: an engine, a contact sheet of four styles in one batch, a measured comparison."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from heatsink.runtime.errors import HeatsinkError, ModelError
 
 if TYPE_CHECKING:
     from heatsink.comparison import Comparison
+    from heatsink.runtime.engine import Engine
 
 Progress = Callable[[str, int, int], None]
 PROMPTS = (
@@ -31,6 +32,8 @@ PROMPTS = (
     "a guitar",
 )
 STYLES = {"flat": None, "fluent": "fluent", "noto": "noto", "twemoji": "twemoji"}
+# Slots and rank of the ports.
+PORTS = (4, 16)
 STEPS, GUIDANCE = 20, 4.0
 ZOOM = 1.5
 
@@ -43,19 +46,50 @@ def find_model() -> Path:
     raise ModelError("models/emoji is not here: run the demo from a checkout of the repository")
 
 
-def build_engines(model: Path, out: Path, progress: Progress) -> dict[str, Path]:
-    """An engine for every style: the base, and one with each brand's LoRA; they share parts."""
+def build_engine(model: Path, out: Path, progress: Progress) -> Path:
+    """The base model's engine, with ports for the brands' LoRAs."""
     from heatsink.export.build import Options, build
 
-    engines: dict[str, Path] = {}
-    for done, (style, adapter) in enumerate(STYLES.items()):
-        progress("building engines", done, len(STYLES))
-        folder = out / "engines" / (f"emoji-{style}" if adapter else "emoji")
-        fuse = ((model / "adapters" / f"{adapter}.safetensors", 1.0),) if adapter else ()
-        build(model, folder, Options(fuse=fuse), reuse=list(engines.values()), progress=progress)
-        engines[style] = folder
-    progress("building engines", len(STYLES), len(STYLES))
-    return engines
+    folder = out / "engines" / "emoji"
+    build(model, folder, Options(adapters=PORTS), progress=progress)
+    return folder
+
+
+def draw(engine: Engine, model: Path, progress: Progress) -> dict[str, Sequence[Any]]:
+    """All prompts in all styles, in one batch; a style's adapter is an input of its rows.
+
+    Raises:
+        HeatsinkError: a picture has other bytes than when its prompt is alone in the batch.
+    """
+    brands = [name for name in STYLES.values() if name]
+    for name in brands:
+        engine.add_adapter(name, model / "adapters" / f"{name}.safetensors")
+    wanted = [
+        (prompt, seed, name) for name in STYLES.values() for seed, prompt in enumerate(PROMPTS)
+    ]
+    images = _pictures(engine, wanted, progress)
+    # The first prompt in every style, each by itself.
+    for place in range(0, len(wanted), len(PROMPTS)):
+        (alone,) = _pictures(engine, wanted[place : place + 1], lambda *_: None)
+        if alone.tobytes() != images[place].tobytes():
+            raise HeatsinkError(f"{wanted[place]}: the batch changed the picture's bytes")
+    rows = [images[at : at + len(PROMPTS)] for at in range(0, len(images), len(PROMPTS))]
+    return dict(zip(STYLES, rows, strict=True))
+
+
+def _pictures(
+    engine: Engine, wanted: Sequence[tuple[str, int, str | None]], progress: Progress
+) -> list[Any]:
+    prompts, seeds, adapters = zip(*wanted, strict=True)
+    chosen = [{name: 1.0} if name else None for name in adapters]
+    return engine.generate(
+        prompts,
+        seed=seeds,
+        adapters=chosen,
+        steps=STEPS,
+        guidance=GUIDANCE,
+        progress=progress,
+    ).images
 
 
 def contact_sheet(pictures: dict[str, Sequence[Any]], path: Path) -> None:
@@ -139,10 +173,6 @@ def table(comparison: Comparison) -> str:
     return "\n".join(lines)
 
 
-def _prefixed(progress: Progress, style: str) -> Progress:
-    return lambda stage, done, total: progress(f"{style}: {stage}", done, total)
-
-
 def run(out: Path) -> None:
     """The whole demo; writes under `out`."""
     import torch
@@ -154,32 +184,20 @@ def run(out: Path) -> None:
     begun = time.perf_counter()
     model = find_model()
     out.mkdir(parents=True, exist_ok=True)
-    say(f"[bold]1/3[/] engines of {model.name}: the base style, and each brand's LoRA fused")
+    say(f"[bold]1/3[/] an engine of {model.name}, with ports for each brand's LoRA")
     with console.quiet_libraries(), console.bars() as progress:
-        engines = build_engines(model, out, progress)
-    say("[bold]2/3[/] contact sheet: 12 prompts in 4 styles")
-    opened = {}
-    pictures: dict[str, Sequence[Any]] = {}
+        folder = build_engine(model, out, progress)
+    say("[bold]2/3[/] contact sheet: 12 prompts in 4 styles, one batch")
     with console.bars() as progress:
-        for style, folder in engines.items():
-            # As many threads as PyTorch has: the comparison is of equals.
-            opened[style] = heatsink.load(
-                folder, threads=torch.get_num_threads(), progress=_prefixed(progress, style)
-            )
-            result = opened[style].generate(
-                PROMPTS,
-                seed=0,
-                steps=STEPS,
-                guidance=GUIDANCE,
-                progress=_prefixed(progress, style),
-            )
-            pictures[style] = result.images
+        # As many threads as PyTorch has: the comparison is of equals.
+        opened = heatsink.load(folder, threads=torch.get_num_threads(), progress=progress)
+        pictures = draw(opened, model, progress)
     sheet = out / "contact_sheet.png"
     contact_sheet(pictures, sheet)
     say("[bold]3/3[/] device-seconds per image, against diffusers eager in the same run")
     with console.quiet_libraries(), console.bars() as progress:
         comparison = compare(
-            opened["flat"], model, PROMPTS, steps=STEPS, guidance=GUIDANCE, progress=progress
+            opened, model, PROMPTS, steps=STEPS, guidance=GUIDANCE, progress=progress
         )
     text = table(comparison)
     (out / "comparison.md").write_text(text + "\n", encoding="utf-8")
@@ -192,10 +210,11 @@ def run(out: Path) -> None:
         f"\nDone in {time.perf_counter() - begun:.0f} s. Written:\n"
         f"  {sheet}  the contact sheet\n"
         f"  {out / 'comparison.md'}, .json and .png  the measurement\n"
-        f"  {out / 'engines'}/  an engine for each style\n"
+        f"  {folder}  the engine\n"
         "Next:\n"
-        f'  .venv/bin/heatsink generate "a whale" --engine {engines["noto"]} -n 4 -o {out}/whales\n'
-        f"  .venv/bin/heatsink inspect {engines['flat']}\n"
+        f'  .venv/bin/heatsink generate "a whale" --engine {folder} --adapter '
+        f"{model}/adapters/noto.safetensors:0.8 -n 4 -o {out}/whales\n"
+        f"  .venv/bin/heatsink inspect {folder}\n"
         "  .venv/bin/heatsink build PATH/TO/A/STABLE-DIFFUSION-1.5 -o out/engines/mine",
         soft_wrap=True,
     )
