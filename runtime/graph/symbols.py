@@ -62,6 +62,6 @@ class _Propagate(FakeTensorProp):
 def _fake(mode: FakeTensorMode, shape: tuple[int | str, ...], dtype: torch.dtype) -> Any:
     sizes = [_HINT if size == BATCH else int(size) for size in shape]
     dynamic = [DimDynamic.DUCK if size == BATCH else DimDynamic.STATIC for size in shape]
-    context = StatelessSymbolicContext(dynamic_sizes=dynamic)
+    context: Any = StatelessSymbolicContext(dynamic_sizes=dynamic)
     example = torch.empty(sizes, dtype=dtype, device="meta")
     return mode.from_tensor(example, symbolic_context=context)
