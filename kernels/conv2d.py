@@ -1,4 +1,4 @@
-"""A convolution with what comes before and follows it:
+"""A convolution with what comes before and follows it.
 
     act(conv(upsample([x, x2])) + bias + sample_add) + residual
 

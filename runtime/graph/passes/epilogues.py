@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import fx
 
 from heatsink.runtime.graph.graph import WEIGHT_KEY, Graph
@@ -158,9 +157,9 @@ def _residual(product: fx.Node) -> fx.Node | None:
     if not same_sizes(mine.shape, its.shape):
         return None
     # The later of two products is still to come, with the other as its residual.
-    if operator(other) in _PRODUCTS and product < other and only_user(other) is user:
-        if _free(other, "residual"):
-            return None
+    later = operator(other) in _PRODUCTS and product < other and only_user(other) is user
+    if later and _free(other, "residual"):
+        return None
     return _absorb(product, user, residual=other)
 
 

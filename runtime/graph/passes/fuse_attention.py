@@ -125,9 +125,9 @@ def _computed_mask(
     assert k is not None
     sees = graph.weights[name].load()
     scores = (q.shape[2], k.shape[2])
-    if all(size == 1 for size in sees.shape[:-2]) and sees.shape[-2:] == scores:
-        if torch.equal(sees.reshape(scores), torch.ones(scores, dtype=torch.bool).tril()):
-            return None, True
+    earlier = torch.ones(scores, dtype=torch.bool).tril()
+    if sees.numel() == earlier.numel() and torch.equal(sees.reshape(scores), earlier):
+        return None, True
     return _bias(graph, mask, q.dtype), False
 
 

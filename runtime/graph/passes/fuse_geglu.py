@@ -9,7 +9,6 @@ Rules:
 from __future__ import annotations
 
 import operator as python_operator
-from typing import Any
 
 import torch
 from torch import fx
@@ -46,25 +45,28 @@ def fuse_geglu(graph: Graph) -> tuple[Graph, bool]:
 
 def _match(node: fx.Node) -> fx.Node | None:
     """The node that cuts x, if `node` multiplies one half by the GELU of the other."""
-    if operator(node) != "aten.mul" or len(node.args) != 2:
+    if operator(node) != "aten.mul":
         return None
-    left, right = node.args
+    left, right = node.args[:2]
     if operator(left) == "aten.gelu":
         left, right = right, left
     if operator(right) != "aten.gelu" or not isinstance(right, fx.Node):
         return None
-    if argument(right, "approximate") != "none" or only_user(right) is not node:
+    if argument(right, "approximate") != "none":
         return None
-    value, gate = _piece(left, 0), _piece(right.args[0], 1)
-    if value is None or value is not gate or only_user(left) is not node:
+    gate = right.args[0]
+    if not isinstance(left, fx.Node) or not isinstance(gate, fx.Node):
         return None
-    if only_user(right.args[0]) is not right or len(value.users) != 2:
+    cut = _cut(left, 0)
+    if cut is None or cut is not _cut(gate, 1) or len(cut.users) != 2 or not _halves(cut):
         return None
-    return value if _halves(value) else None
+    alone = only_user(left) is node and only_user(right) is node and only_user(gate) is right
+    return cut if alone else None
 
 
-def _piece(node: Any, index: int) -> fx.Node | None:
-    if not isinstance(node, fx.Node) or node.target is not python_operator.getitem:
+def _cut(node: fx.Node, index: int) -> fx.Node | None:
+    """The node that `node` takes the piece `index` of."""
+    if node.target is not python_operator.getitem:
         return None
     cut, at = node.args
     return cut if operator(cut) in _CUTS and at == index and isinstance(cut, fx.Node) else None

@@ -1,8 +1,8 @@
 """LayerNorm over the last dimension.
 
 Rules:
-1. `layer_norm(x, [C], W, b)` becomes `heatsink::layer_norm`. Norms over several dimensions stay, and
-   so do rows that are wider than the kernel holds.
+1. `layer_norm(x, [C], W, b)` becomes `heatsink::layer_norm`. Norms over several dimensions stay,
+   and so do rows that are wider than the kernel holds.
 """
 
 from __future__ import annotations

@@ -66,7 +66,9 @@ def _projection(graph: Graph, source: Any) -> _Projection | None:
     if operator(source) not in _SPLITS or only_user(source) is None:
         return None
     linear = source.args[0]
-    if operator(linear) != "aten.linear" or only_user(linear) is not source:
+    if operator(linear) != "aten.linear" or not isinstance(linear, fx.Node):
+        return None
+    if only_user(linear) is not source:
         return None
     before, after = traced(linear), traced(source)
     # The last dimension alone is split, into heads.

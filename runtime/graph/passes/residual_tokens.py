@@ -89,7 +89,7 @@ def _tokens(image: Any) -> fx.Node | None:
     return product if fits else None
 
 
-def _swaps(node: fx.Node) -> bool:
+def _swaps(node: Any) -> bool:
     value = traced(node)
     dims = {argument(node, name) % 3 for name in ("dim0", "dim1")}
     return value is not None and value.dim() == 3 and dims == {1, 2}

@@ -71,7 +71,7 @@ def new_weight(graph: Graph, before: fx.Node, weight: Weight, origins: list[Orig
 
 def fake_mode(graph: Graph) -> Any:
     """The mode in which the graph's values were traced."""
-    values = (node.meta.get("val") for node in graph.nodes)
+    values: Any = (node.meta.get("val") for node in graph.nodes)
     return next(value.fake_mode for value in values if hasattr(value, "fake_mode"))
 
 
