@@ -8,6 +8,7 @@ Rules:
 1. `contiguous` and `clone` go: what is made for its layout alone.
 2. Two transpositions or permutations in a row become one, or none if they undo each other.
 3. `reshape` and `flatten` that move nothing become views.
+4. A size of -1 in a view or reshape is written out where it is known: an empty batch can be viewed.
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ def settle_layouts(graph: Graph) -> tuple[Graph, bool]:
     for node in list(graph.nodes):
         if operator(node) in _RESHAPES:
             modified |= _to_view(node)
+    for node in graph.nodes:
+        if operator(node) in {"aten.view", "aten.reshape"}:
+            modified |= _write_out(node)
     return graph, modified
 
 
@@ -79,6 +83,18 @@ def _join_orders(node: fx.Node, order: list[int]) -> bool:
         bypass(node, _source(inner))
     else:
         replace(node, torch.ops.aten.permute.default, (_source(inner), joined))
+    return True
+
+
+def _write_out(node: fx.Node) -> bool:
+    value, shape = traced(node), node.args[1]
+    assert isinstance(shape, list | tuple)
+    if value is None or -1 not in shape:
+        return False
+    size = value.shape[shape.index(-1)]
+    if not isinstance(size, int):
+        return False
+    node.update_arg(1, [size if given == -1 else given for given in shape])
     return True
 
 

@@ -13,6 +13,8 @@ from heatsink.runtime.graph.graph import WEIGHT_KEY, Graph
 from heatsink.runtime.graph.passes.edit import inherit, operator, same_layout, traced
 from heatsink.runtime.graph.weight import Origin, Weight
 
+# What an operation's traced value was inferred from.
+_SOURCES = "heatsink_sources"
 VIEWS = {"aten.view", "aten._unsafe_view"}
 
 
@@ -85,7 +87,7 @@ def propagate(graph: Graph) -> None:
             if node.op != "call_function" or not node.all_input_nodes:
                 continue
             # Asking for a symbol's value would settle it.
-            if not isinstance(node.meta.get("val"), Tensor | list | tuple):
+            if not isinstance(node.meta.get("val"), Tensor | list | tuple) or _is_fresh(node):
                 continue
             try:
                 value = infer(node)
@@ -97,6 +99,17 @@ def propagate(graph: Graph) -> None:
             before = traced(node)
             if before is None or not isinstance(value, Tensor) or not same_layout(before, value):
                 node.meta["val"] = value
+            node.meta[_SOURCES] = _sources(node)
+
+
+def _sources(node: fx.Node) -> list[Any]:
+    return [source.meta.get("val") for source in node.all_input_nodes]
+
+
+def _is_fresh(node: fx.Node) -> bool:
+    """Whether the traced value was inferred from the values that its inputs have now."""
+    before, now = node.meta.get(_SOURCES, ()), _sources(node)
+    return len(before) == len(now) and all(a is b for a, b in zip(before, now, strict=True))
 
 
 def reads_strides(graph: Graph) -> bool:
