@@ -23,8 +23,8 @@ def bypass(node: fx.Node, value: fx.Node) -> None:
 
 
 def erase_unused(node: fx.Node) -> None:
-    """Erase an operation that has no user, and then what only it used."""
-    if node.op == "call_function" and not node.users:
+    """Erase an operation that has no user, and then what only it used; nothing if it is gone."""
+    if node.op == "call_function" and not node.users and not node._erased:
         sources = node.all_input_nodes
         node.graph.erase_node(node)
         for source in sources:

@@ -52,8 +52,10 @@ def _absorb(product: fx.Node, user: fx.Node, **changes: Any) -> fx.Node:
     target: Any = product.target
     names = [declared.name for declared in target._schema.arguments]
     args = [changes.get(name, argument(product, name)) for name in names]
+    sources = user.all_input_nodes
     fused = replace(user, target, args, product)
-    erase_unused(product)
+    for source in (product, *sources):
+        erase_unused(source)
     return fused
 
 

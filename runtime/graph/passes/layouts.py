@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from heatsink.runtime.graph.graph import Graph
-from heatsink.runtime.graph.passes.edit import argument, bypass, operator, traced
+from heatsink.runtime.graph.passes.edit import argument, bypass, erase_unused, operator, traced
 from heatsink.runtime.graph.passes.trace import propagate, reads_strides, replace
 
 _COPIES = {"aten.contiguous", "aten.clone"}
@@ -83,6 +83,7 @@ def _join_orders(node: fx.Node, order: list[int]) -> bool:
         bypass(node, _source(inner))
     else:
         replace(node, torch.ops.aten.permute.default, (_source(inner), joined))
+    erase_unused(inner)
     return True
 
 
@@ -113,7 +114,7 @@ def _to_view(node: fx.Node) -> bool:
     assert before is not None
     try:
         before.view(value.shape)
-    except RuntimeError:
+    except (RuntimeError, ValueError):
         return False
     replace(node, torch.ops.aten.view.default, (node.args[0], shape))
     return True

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from heatsink.runtime.graph.graph import Graph
 from heatsink.runtime.graph.passes.edit import (
@@ -52,9 +52,7 @@ def _move(node: fx.Node, image: Any, residual: Any) -> bool:
     tokens = insert(node, torch.ops.aten.permute.default, (residual, [0, 2, 3, 1]), node)
     value = traced(tokens)
     assert value is not None
-    try:
-        value.view(first.shape)
-    except RuntimeError:
+    if not _is_dense(value, first):
         node.graph.erase_node(tokens)
         return False
     sizes = [-1, *(int(size) for size in first.shape[1:])]
@@ -62,6 +60,15 @@ def _move(node: fx.Node, image: Any, residual: Any) -> bool:
     total = insert(node, torch.ops.aten.add.Tensor, (product, tokens), node)
     _follow(node, image, total)
     return True
+
+
+def _is_dense(image: Tensor, tokens: Tensor) -> bool:
+    """Whether (B, H, W, C) is (B, HW, C) in memory, channels side by side."""
+    try:
+        image.view(tokens.shape)
+    except (RuntimeError, ValueError):
+        return False
+    return bool(image.stride(-1) == 1)
 
 
 def _tokens(image: Any) -> fx.Node | None:
