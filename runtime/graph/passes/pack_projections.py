@@ -55,7 +55,8 @@ def _groups(graph: Graph, attention: fx.Node) -> Iterator[list[_Projection]]:
     groups: dict[tuple[Any, ...], list[_Projection]] = {}
     for source in attention.args[:3]:
         found = _projection(graph, source)
-        if found is not None:
+        # One layer may serve as two.
+        if found is not None and attention.args[:3].count(source) == 1:
             weight = graph.weights[found.weight]
             kind = (found.linear.args[0], found.bias is None, weight.dtype)
             groups.setdefault(kind, []).append(found)
@@ -63,7 +64,9 @@ def _groups(graph: Graph, attention: fx.Node) -> Iterator[list[_Projection]]:
 
 
 def _projection(graph: Graph, source: Any) -> _Projection | None:
-    if operator(source) not in _SPLITS or only_user(source) is None:
+    if operator(source) not in _SPLITS or not isinstance(source, fx.Node):
+        return None
+    if only_user(source) is None:
         return None
     linear = source.args[0]
     if operator(linear) != "aten.linear" or not isinstance(linear, fx.Node):

@@ -42,7 +42,7 @@ def add_residuals_to_tokens(graph: Graph) -> tuple[Graph, bool]:
 
 def _move(node: fx.Node, image: Any, residual: Any) -> bool:
     product = _tokens(image)
-    if product is None or only_user(image) is not node:
+    if product is None or only_user(image) is not node or residual is image:
         return False
     first, into, given = traced(product), traced(image), traced(residual)
     if first is None or into is None or given is None or given.dtype != first.dtype:

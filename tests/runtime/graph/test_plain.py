@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -44,13 +45,6 @@ CASES: dict[str, Callable[[], tuple[str, tuple[Any, ...]]]] = {
         (_n(2, 5, 8), None, None, 1e-6, _n(2, 8), _n(2, 8)),
     ),
     "geglu": lambda: ("geglu", (_n(2, 5, 8),)),
-    **{
-        f"linear {activation}": lambda activation=activation: (
-            "linear",
-            (_n(2, 5, 8), _n(6, 8), _n(6), None, _n(2, 6), activation),
-        )
-        for activation in ("", "silu", "gelu", "gelu_tanh", "quick_gelu", "geglu")
-    },
     "linear, residual": lambda: (
         "linear",
         (_n(2, 5, 8), _n(6, 8), None, _n(2, 5, 6), None, "silu"),
@@ -67,6 +61,14 @@ CASES: dict[str, Callable[[], tuple[str, tuple[Any, ...]]]] = {
         ),
     ),
 }
+
+
+def _activated(activation: str) -> tuple[str, tuple[Any, ...]]:
+    return "linear", (_n(2, 5, 8), _n(6, 8), _n(6), None, _n(2, 6), activation)
+
+
+for _name in ("", "silu", "gelu", "gelu_tanh", "quick_gelu", "geglu"):
+    CASES[f"linear {_name}"] = functools.partial(_activated, _name)
 
 
 def _blind() -> Tensor:

@@ -201,7 +201,8 @@ def test_rule_5_the_later_of_two_products_takes_the_other(
 ) -> None:
     def both(net: Any, x: Tensor) -> Tensor:
         first, second = net.conv(x), net.conv2(x)
-        return second + first if swapped else first + second
+        total: Tensor = second + first if swapped else first + second
+        return total
 
     torch.manual_seed(seed)
     graph = capture_net(Net(both), *IMAGE)

@@ -102,7 +102,7 @@ def test_concatenations_go_into_their_users(
     if norms:
         halves = [n for n in folded.nodes if operator(n) == "heatsink.group_norm_silu"]
         assert [argument(n, "groups") for n in halves] == [3, 1]
-        names = [n.args[2].meta["heatsink_weight"] for n in halves]
+        names = [argument(n, "weight").meta["heatsink_weight"] for n in halves]
         rows = [[Origin("norm.weight", (span,))] for span in ((0, 6), (6, 8))]
         assert [folded.origins[name] for name in names] == rows
         assert "norm.weight" not in folded.weights

@@ -71,7 +71,7 @@ def test_rule_1_no_transposition_is_left(
 def test_rule_1_other_ways_to_heads(
     order: str, capture_net: Callable[..., Graph], agree: Callable[..., None], seed: int
 ) -> None:
-    def split(x: Tensor) -> Tensor:
+    def split(x: Tensor) -> Any:
         if order == "permute":
             return x.unflatten(-1, (HEADS, 3)).permute(0, 2, 1, 3)
         return x.view(x.shape[0], TOKENS, 3, HEADS).permute(0, 3, 1, 2)

@@ -159,6 +159,7 @@ STAY: dict[str, Function] = {
     "another order": lambda n, x: (
         (h := n.conv(x)) + n.linear(_tokens(h)).view(x.shape[0], 5, 3, 6).permute(0, 3, 2, 1)
     ),
+    "the same image": lambda n, x: (y := _image(n.linear(_tokens(n.conv(x))))) + y,
     "no linear layer": lambda n, x: (h := n.conv(x)) + _image(torch.sin(_tokens(h))),
 }
 

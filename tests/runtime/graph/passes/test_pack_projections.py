@@ -11,6 +11,7 @@ from torch.nn import functional
 from heatsink.runtime.graph.graph import Graph
 from heatsink.runtime.graph.packing import spans
 from heatsink.runtime.graph.passes import run_passes
+from heatsink.runtime.graph.passes.dead_code import remove_dead_code
 from heatsink.runtime.graph.passes.edit import operator
 from heatsink.runtime.graph.passes.fuse_attention import fuse_attention
 from heatsink.runtime.graph.passes.pack_projections import pack_projections
@@ -22,8 +23,16 @@ HEADS, SIZE, TOKENS = 2, 4, 5
 class Net(nn.Module):
     """Attention whose q, k and v come from x, 2 x or 3 x, each with a bias or without."""
 
-    def __init__(self, sources: str, biases: str, shared: bool = False, seen: bool = False) -> None:
+    def __init__(
+        self,
+        sources: str,
+        biases: str,
+        shared: bool = False,
+        seen: bool = False,
+        one: bool = False,
+    ) -> None:
         super().__init__()
+        self.one = one
         self.sources, self.seen = sources, seen
         layers = [nn.Linear(6, HEADS * SIZE, bias=b == "b") for b in biases]
         self.q, self.k, self.v = layers
@@ -36,7 +45,9 @@ class Net(nn.Module):
             layer(inputs[of])
             for layer, of in zip((self.q, self.k, self.v), self.sources, strict=True)
         ]
-        heads = (m.view(x.shape[0], TOKENS, HEADS, SIZE).transpose(1, 2) for m in made)
+        heads = [m.view(x.shape[0], TOKENS, HEADS, SIZE).transpose(1, 2) for m in made]
+        if self.one:
+            heads[2] = heads[1]
         out = functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
         return (out + made[0] if self.seen else out,)
 
@@ -114,4 +125,14 @@ def test_a_product_with_another_user_is_left_out(
     packed = run_passes(graph, [fuse_attention, pack_projections])
     assert _linears(packed) == 2
     assert "q.weight" in packed.weights
+    agree(graph, packed, {"x": torch.randn(3, TOKENS, 6)})
+
+
+def test_a_layer_that_serves_as_key_and_value_is_left_out(
+    capture_net: Callable[..., Graph], agree: Callable[..., None], seed: int
+) -> None:
+    torch.manual_seed(seed)
+    graph = run_passes(capture_net(Net("111", "---", one=True), TOKENS, 6), [remove_dead_code])
+    packed = run_passes(graph, [fuse_attention, pack_projections])
+    assert _linears(graph) == _linears(packed) == 2
     agree(graph, packed, {"x": torch.randn(3, TOKENS, 6)})
