@@ -129,3 +129,4 @@ def test_an_older_opset_is_refused() -> None:
 
 def test_every_op_of_the_native_passes_has_a_translation() -> None:
     assert {str(target) for target in TABLE} == {f"{name}.default" for name in PLAIN}
+/root/.pyenv/libexec/pyenv-hooks: line 24: enable: cannot open shared object /root/.pyenv/libexec/pyenv-realpath.dylib: /root/.pyenv/libexec/pyenv-realpath.dylib: cannot open shared object file: No such file or directory
