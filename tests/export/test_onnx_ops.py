@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import warnings
 from collections.abc import Callable
@@ -16,7 +17,12 @@ from torch import Tensor, nn
 
 from heatsink.export.onnx_ops import MIN_OPSET, translations
 from heatsink.runtime.errors import NotBuilt
+from heatsink.runtime.graph.capture import capture_module
+from heatsink.runtime.graph.graph import TensorSpec
+from heatsink.runtime.graph.passes import run_passes
+from heatsink.runtime.graph.passes.pipeline import PASSES_NATIVE
 from heatsink.runtime.graph.plain import PLAIN
+from heatsink.runtime.graph.program import to_program
 
 TABLE = translations(MIN_OPSET)
 
@@ -129,4 +135,45 @@ def test_an_older_opset_is_refused() -> None:
 
 def test_every_op_of_the_native_passes_has_a_translation() -> None:
     assert {str(target) for target in TABLE} == {f"{name}.default" for name in PLAIN}
-/root/.pyenv/libexec/pyenv-hooks: line 24: enable: cannot open shared object /root/.pyenv/libexec/pyenv-realpath.dylib: /root/.pyenv/libexec/pyenv-realpath.dylib: cannot open shared object file: No such file or directory
+
+
+def test_a_whole_fused_graph_is_translated() -> None:
+    """Every node of it, with the ops under the names that backends look for."""
+    net = _block()
+    specs = {"x": TensorSpec(("batch", 8, 4, 4), torch.float32)}
+    captured = capture_module(
+        "net", copy.deepcopy(net).to("meta"), net.state_dict(), {}, specs, ("y",)
+    )
+    graph = run_passes(captured, PASSES_NATIVE)
+    ours = {str(n.target).split(".")[1] for n in graph.nodes if "heatsink" in str(n.target)}
+    assert ours == {"attention", "group_norm_silu", "layer_norm", "linear", "conv2d"}
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        exported = torch.onnx.export(
+            to_program(graph),
+            dynamo=True,
+            optimize=False,
+            opset_version=MIN_OPSET,
+            custom_translation_table=TABLE,
+        )
+    assert exported is not None
+    found = {node.op_type for node in exported.model.graph}
+    assert {"Attention", "LayerNormalization", "InstanceNormalization", "Conv", "Gelu"} <= found
+    assert {node.domain for node in exported.model.graph} == {""}
+
+
+def _block() -> nn.Module:
+    from diffusers.models.attention import BasicTransformerBlock
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.conv = nn.GroupNorm(2, 8), nn.Conv2d(8, 8, 3, padding=1)
+            self.block = BasicTransformerBlock(8, 2, 4)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            y = self.conv(nn.functional.silu(self.norm(x)))
+            tokens = self.block(y.permute(0, 2, 3, 1).reshape(x.shape[0], 16, 8))
+            return (x + tokens.reshape(x.shape[0], 4, 4, 8).permute(0, 3, 1, 2),)
+
+    return Block()
