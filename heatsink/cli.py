@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from heatsink import console, flags, kernel_commands, lora_commands, receipts
+from heatsink import console, flags, graph_command, kernel_commands, lora_commands, receipts
 from heatsink.bench_command import app as bench_app
 from heatsink.kernels.errors import KernelError
 from heatsink.runtime.errors import HeatsinkError, InvalidRequest, NotBuilt
@@ -29,6 +29,7 @@ kernel_commands.app.command()(tune)
 app.add_typer(kernel_commands.app, name="kernels")
 app.add_typer(bench_app, name="bench")
 app.add_typer(lora_commands.app, name="lora")
+app.add_typer(graph_command.app, name="graph")
 
 
 @app.command()

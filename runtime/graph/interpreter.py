@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from heatsink.runtime.graph.graph import WEIGHT_KEY, Graph, input_name
+from heatsink.runtime.graph.plain import PLAIN
 from heatsink.runtime.graph.weight import Weight
 
 
@@ -57,6 +58,9 @@ class GraphInterpreter(fx.Interpreter):
         # `map_aggregate` leaves tuples, lists and slices as they were otherwise.
         args = fx.node.map_aggregate(args, self._materialise)
         kwargs = fx.node.map_aggregate(kwargs, self._materialise)
+        if self._dtype == torch.float64 and isinstance(target, torch._ops.OpOverload):
+            # No kernel computes in float64.
+            target = PLAIN.get(str(target.overloadpacket), target)
         return super().call_function(target, args, kwargs)
 
     def output(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -22,6 +22,15 @@ def bypass(node: fx.Node, value: fx.Node) -> None:
     node.graph.erase_node(node)
 
 
+def erase_unused(node: fx.Node) -> None:
+    """Erase an operation that has no user, and then what only it used; nothing if it is gone."""
+    if node.op == "call_function" and not node.users and not node._erased:
+        sources = node.all_input_nodes
+        node.graph.erase_node(node)
+        for source in sources:
+            erase_unused(source)
+
+
 def operator(node: Any) -> str:
     """The operator without its overload, `aten.mul` say; "" if it is none."""
     if not isinstance(node, fx.Node) or node.op != "call_function":

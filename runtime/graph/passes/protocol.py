@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 from heatsink.runtime.errors import HeatsinkError
 from heatsink.runtime.graph.graph import PATH_KEY, Graph
+from heatsink.runtime.graph.weight import COMPUTED
 
 Pass = Callable[[Graph], tuple[Graph, bool]]
 
@@ -78,4 +79,6 @@ def _paths(graph: Graph) -> set[str]:
 
 
 def _parameters(graph: Graph) -> set[str]:
-    return {origin.parameter for origins in graph.origins.values() for origin in origins}
+    """The checkpoint's parameters; what is computed names none."""
+    every = (origin for origins in graph.origins.values() for origin in origins)
+    return {origin.parameter for origin in every if origin.transform != COMPUTED}

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from heatsink.runtime.graph.capture import capture, capture_module
 from heatsink.runtime.graph.components import input_shapes
-from heatsink.runtime.graph.graph import Graph, TensorSpec
+from heatsink.runtime.graph.graph import PATH_KEY, WEIGHT_KEY, Graph, TensorSpec
+from heatsink.runtime.graph.weight import Origin
 
 TOKENS = 7
 VOCABULARY = 40
@@ -99,6 +100,78 @@ def capture_net(net: nn.Module, *shape: int, outputs: Sequence[str] = ("y",)) ->
 @pytest.fixture(name="capture_net")
 def _capture_net() -> Callable[..., Graph]:
     return capture_net
+
+
+@pytest.fixture
+def agree() -> Callable[[Graph, Graph, Mapping[str, Tensor]], None]:
+    """Asserts that two graphs compute the same, in float64 and within float32's own error."""
+
+    def check(graph: Graph, edited: Graph, inputs: Mapping[str, Tensor]) -> None:
+        exact = graph.run(inputs, dtype=torch.float64)
+        wide = edited.run(inputs, dtype=torch.float64)
+        plain, result = graph.run(inputs), edited.run(inputs)
+        assert set(exact) == set(result)
+        for output, reference in exact.items():
+            largest = reference.abs().max()
+            assert result[output].shape == reference.shape
+            assert (wide[output] - reference).abs().max() <= 1e-12 * largest
+            limit = largest * torch.finfo(torch.float32).eps
+            budget = 2 * ((plain[output].double() - reference).abs().max() + limit)
+            assert (result[output].double() - reference).abs().max() <= budget
+
+    return check
+
+
+def structure(graph: Graph) -> list[tuple[object, ...]]:
+    """Operations, their other arguments and data flow, without a single name."""
+    order = {node: index for index, node in enumerate(graph.nodes)}
+
+    def plain(value: Any) -> Any:
+        return order[value] if isinstance(value, torch.fx.Node) else value
+
+    return [
+        (
+            node.op,
+            str(node.target) if node.op == "call_function" else "",
+            str(torch.fx.node.map_aggregate((node.args, node.kwargs), plain)),
+        )
+        for node in graph.nodes
+    ]
+
+
+@pytest.fixture(name="structure")
+def _structure() -> Callable[[Graph], list[tuple[object, ...]]]:
+    return structure
+
+
+@pytest.fixture
+def renamed() -> Callable[[Graph], Graph]:
+    """Copies a fresh graph under new names for nodes, weights, parameters and modules."""
+    return _renamed
+
+
+def _renamed(graph: Graph) -> Graph:
+    graph = graph.copy()
+    paths: dict[str, str] = {}
+    for index, node in enumerate(graph.nodes):
+        if PATH_KEY in node.meta:
+            old = node.meta[PATH_KEY]
+            node.meta[PATH_KEY] = paths.setdefault(old, f"m{(len(paths) * 7919) % 10007}")
+            node.meta.pop("nn_module_stack", None)
+        if node.op == "call_function":
+            # In an order unlike the old one.
+            node._rename(f"n{(index * 7919) % 10007}")
+    names = {old: f"p{(i * 7919) % 10007}.v" for i, old in enumerate(graph.weights)}
+    for old, node in graph.weight_nodes().items():
+        node.meta[WEIGHT_KEY] = names[old]
+        node._rename(f"w{list(names).index(old)}")
+    graph.weights = {names[old]: weight for old, weight in graph.weights.items()}
+    graph.origins = {
+        names[old]: [Origin(names[old], None, origin.transform)]
+        for old, (origin,) in graph.origins.items()
+    }
+    graph.validate()
+    return graph
 
 
 def _shapes(component: str, module: Any, height: int, width: int) -> dict[str, Any]:

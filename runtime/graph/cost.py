@@ -1,0 +1,138 @@
+"""What a graph costs by its shapes: nodes, FLOPs and bytes of every operator."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from heatsink.runtime.graph.graph import Graph
+from heatsink.runtime.graph.passes.edit import argument, operator, traced
+
+# Operators that move nothing: their results are their inputs' memory.
+VIEWS = {
+    "aten.view", "aten._unsafe_view", "aten.permute", "aten.transpose", "aten.unsqueeze",
+    "aten.squeeze", "aten.slice", "aten.select", "aten.expand", "aten.chunk", "aten.split",
+    "aten.split_with_sizes", "aten.sym_size", "aten.alias", "aten.detach", "aten.t",
+    "aten.unflatten",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one or more operations.
+
+    Attributes:
+        nodes: how many.
+        flops: multiplications and additions of matrix products, convolutions and attention; what
+            other operators compute is not counted.
+        bytes: of their inputs and outputs, each counted once a node; 0 for views.
+    """
+
+    nodes: int = 0
+    flops: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.nodes + other.nodes, self.flops + other.flops, self.bytes + other.bytes)
+
+
+def costs(graph: Graph, rows: int) -> dict[str, Cost]:
+    """The cost of each operator of a graph for a batch of `rows`, the dearest first."""
+    sizes = _Sizes(graph, rows)
+    found: defaultdict[str, Cost] = defaultdict(Cost)
+    for node in graph.nodes:
+        if node.op == "call_function":
+            found[operator(node) or _name(node)] += _cost(node, sizes)
+    order = sorted(found, key=lambda name: (-found[name].flops, -found[name].bytes, name))
+    return {name: found[name] for name in order}
+
+
+def total(by_operator: dict[str, Cost]) -> Cost:
+    """The sum over all operators."""
+    return sum(by_operator.values(), Cost())
+
+
+def _name(node: fx.Node) -> str:
+    return getattr(node.target, "__name__", str(node.target))
+
+
+class _Sizes:
+    """Numbers for symbolic sizes."""
+
+    def __init__(self, graph: Graph, rows: int) -> None:
+        # The batch is the only symbol there is.
+        self._values = dict.fromkeys(graph.ranges, rows)
+
+    def shape(self, value: Tensor) -> list[int]:
+        return [self.number(size) for size in value.shape]
+
+    def number(self, size: int | torch.SymInt) -> int:
+        if isinstance(size, int):
+            return size
+        return int(size.node.expr.xreplace(self._values))
+
+    def bytes(self, value: Any) -> int:
+        if isinstance(value, Tensor):
+            return math.prod(self.shape(value)) * value.element_size()
+        every = value if isinstance(value, list | tuple) else ()
+        return sum(self.bytes(each) for each in every)
+
+
+def _cost(node: fx.Node, sizes: _Sizes) -> Cost:
+    name = operator(node)
+    # What is no operator of PyTorch's takes a piece of a tuple, or a number.
+    if not name or name in VIEWS:
+        return Cost(nodes=1)
+    counted = _FLOPS.get(name)
+    flops = 0 if counted is None else counted(node, sizes)
+    inputs = sum(sizes.bytes(source.meta.get("val")) for source in node.all_input_nodes)
+    return Cost(1, flops, inputs + sizes.bytes(node.meta.get("val")))
+
+
+def _weighted(node: fx.Node, sizes: _Sizes) -> int:
+    """Of a product with a weight: every row of it meets every place of the output."""
+    weight, out = traced(argument(node, "weight")), traced(node)
+    assert weight is not None
+    assert out is not None
+    channels = sizes.shape(weight)
+    places = math.prod(sizes.shape(out))
+    if operator(node) == "heatsink.linear" and argument(node, "activation") == "geglu":
+        places *= 2
+    return 2 * places * math.prod(channels[1:])
+
+
+def _attention(node: fx.Node, sizes: _Sizes) -> int:
+    """Two products of queries with keys and of weights with values; a causal mask saves none."""
+    first, second = (traced(value) for value in node.args[:2])
+    assert first is not None
+    assert second is not None
+    tokens = 2 if operator(node) == "aten.scaled_dot_product_attention" else 1
+    return 4 * math.prod(sizes.shape(first)) * sizes.shape(second)[tokens]
+
+
+def _matmul(node: fx.Node, sizes: _Sizes) -> int:
+    left, out = traced(node.args[0]), traced(node)
+    assert left is not None
+    assert out is not None
+    return 2 * math.prod(sizes.shape(out)) * sizes.shape(left)[-1]
+
+
+_FLOPS: dict[str, Callable[[fx.Node, _Sizes], int]] = {
+    "aten.linear": _weighted,
+    "aten.conv1d": _weighted,
+    "aten.conv2d": _weighted,
+    "aten.conv3d": _weighted,
+    "heatsink.linear": _weighted,
+    "heatsink.conv2d": _weighted,
+    "aten.scaled_dot_product_attention": _attention,
+    "heatsink.attention": _attention,
+    "aten.matmul": _matmul,
+    "aten.mm": _matmul,
+    "aten.bmm": _matmul,
+}

@@ -1,0 +1,41 @@
+"""The passes of the native engine, in order and by the names that `heatsink graph show` takes."""
+
+from __future__ import annotations
+
+from heatsink.runtime.graph.passes.dead_code import remove_dead_code
+from heatsink.runtime.graph.passes.drop_noops import drop_noop_nodes
+from heatsink.runtime.graph.passes.epilogues import fuse_epilogues
+from heatsink.runtime.graph.passes.fold_constants import fold_constants
+from heatsink.runtime.graph.passes.fold_inputs import fold_inputs
+from heatsink.runtime.graph.passes.fold_scale import fold_scales
+from heatsink.runtime.graph.passes.fuse_attention import fuse_attention
+from heatsink.runtime.graph.passes.fuse_geglu import fuse_geglu
+from heatsink.runtime.graph.passes.fuse_group_norm import fuse_group_norm
+from heatsink.runtime.graph.passes.fuse_layer_norm import fuse_layer_norm
+from heatsink.runtime.graph.passes.layouts import settle_layouts
+from heatsink.runtime.graph.passes.lower_products import lower_products
+from heatsink.runtime.graph.passes.merge_equal import merge_equal_nodes
+from heatsink.runtime.graph.passes.pack_projections import pack_projections
+from heatsink.runtime.graph.passes.protocol import Pass, to_fixpoint
+from heatsink.runtime.graph.passes.residual_tokens import add_residuals_to_tokens
+
+NATIVE: dict[str, Pass] = {
+    "clean": to_fixpoint(drop_noop_nodes, fold_scales, remove_dead_code),
+    "constants": fold_constants,
+    "merge_equal": to_fixpoint(merge_equal_nodes, remove_dead_code),
+    # Before the products are lowered: it looks for plain linear layers.
+    "attention": fuse_attention,
+    "pack": pack_projections,
+    "group_norm": fuse_group_norm,
+    "layer_norm": fuse_layer_norm,
+    "geglu": fuse_geglu,
+    "products": lower_products,
+    "layouts": settle_layouts,
+    # After the copies of layouts are gone, which lie between tokens and residuals.
+    "residual_tokens": add_residuals_to_tokens,
+    "epilogues": fuse_epilogues,
+    # After the norms: a concatenation is split at them.
+    "inputs": fold_inputs,
+    "finish": to_fixpoint(settle_layouts, drop_noop_nodes, remove_dead_code),
+}
+PASSES_NATIVE: tuple[Pass, ...] = tuple(NATIVE.values())
