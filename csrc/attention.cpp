@@ -7,17 +7,17 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <optional>
-#include <string>
 #include <vector>
 
+#include "processor.h"
 #include "scratch.h"
 
 namespace {
 
 using heatsink::Attention;
 using heatsink::AttentionKernel;
+using heatsink::Choice;
 using heatsink::Element;
 using heatsink::Operand;
 using torch::headeronly::ScalarType;
@@ -27,45 +27,22 @@ constexpr int64_t kChunk = 256;              // queries a task has at most
 constexpr int64_t kChunkFloats = 1 << 17;    // and what they may take up, so that they stay in L2
 constexpr int64_t kGrainProducts = 1 << 18;  // products that are worth a thread
 
-struct Choice {
-  const char* name;
-  AttentionKernel kernel;
-};
-
 // The kernels that this processor can run, the fastest first.
-std::vector<Choice> kernels() {
-  std::vector<Choice> found;
+std::vector<Choice<AttentionKernel>> kernels() {
+  std::vector<Choice<AttentionKernel>> found;
 #ifdef HEATSINK_X86_KERNELS
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c");
-  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+  if (heatsink::has_amx()) {
+    found.push_back({"amx", heatsink::attention_avx512});
+  }
+  if (heatsink::has_avx512()) {
     found.push_back({"avx512", heatsink::attention_avx512});
   }
-  if (avx2) {
+  if (heatsink::has_avx2()) {
     found.push_back({"avx2", heatsink::attention_avx2});
   }
 #endif
   found.push_back({"portable", heatsink::attention_portable});
   return found;
-}
-
-// The fastest, or the one that the environment's HEATSINK_CPU names. All give the same bits, which
-// is tested by naming them.
-AttentionKernel choose_kernel() {
-  const std::vector<Choice> found = kernels();
-  const char* wish = std::getenv("HEATSINK_CPU");
-  if (wish == nullptr || *wish == '\0') {
-    return found.front().kernel;
-  }
-  std::string names;
-  for (const Choice& choice : found) {
-    if (std::string(wish) == choice.name) {
-      return choice.kernel;
-    }
-    names += std::string(names.empty() ? "" : ", ") + choice.name;
-  }
-  STD_TORCH_CHECK(false, "HEATSINK_CPU: expected one of ", names, " on this processor, got ", wish);
 }
 
 Element element_of(const Tensor& x) {
@@ -156,7 +133,7 @@ Tensor attention(Tensor q, Tensor k, Tensor v, double scale, bool causal,
   a.out = out.mutable_data_ptr();
   a.chunk = choose_chunk(a);
 
-  static const AttentionKernel kernel = choose_kernel();
+  static const AttentionKernel kernel = heatsink::choose(kernels()).kernel;
   const int64_t products = 2 * a.chunk * a.keys * a.channels;
   const int64_t grain = std::max<int64_t>(1, kGrainProducts / products);
   const int64_t floats = heatsink::scratch_floats(a);
