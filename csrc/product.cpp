@@ -47,9 +47,13 @@ void partition(Product& p, int64_t threads) {
   p.task_rows = std::min(p.bfloat16 ? kTaskRows : kFloatRows, round_up(p.rows, kLanes));
   p.task_panels = panels(p);
   const int64_t wanted = threads == 1 ? 1 : 4 * threads;
-  const bool sums = p.depth > kDepth;
+  const int64_t depth = packed_depth(p.bfloat16, p.depth);
+  p.task_depth = p.bfloat16 ? round_up(ceil_div(depth, ceil_div(depth, kDepth)), kTile) : kSum;
+  const bool sums = depth > p.task_depth;
   while (true) {
-    const bool large = sums && p.task_rows * p.task_panels * kPanel > kTaskSums;
+    const int64_t columns = p.task_panels * kPanel;
+    const bool large = (sums && p.task_rows * columns > kTaskSums) ||
+                       columns * p.task_depth * (p.bfloat16 ? 2 : 4) > kTaskWeight;
     if (!large && tasks(p) >= wanted) {
       return;
     }

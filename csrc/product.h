@@ -45,6 +45,7 @@ struct Product {
   // The partition into tasks, which no bits depend on: so many rows and panels each, numbered with
   // the rows innermost.
   int64_t task_rows, task_panels;
+  int64_t task_depth;  // what is worked on at a time; kSum in float32
 };
 
 constexpr int64_t kLanes = 16;
@@ -56,18 +57,20 @@ constexpr int64_t kSum = 512;
 // summed apart, each from 0, and their sum is added to what came before, denormal numbers flushed
 // to 0 throughout. Other instruction sets do the same.
 constexpr int64_t kTile = 32;
-// The depth that is worked on at a time.
-constexpr int64_t kDepth = 512;
+// The depth that is worked on at a time, at most.
+constexpr int64_t kDepth = 320;
+constexpr int64_t kBlockRows = 32;  // rows that are worked on at a time, at most
 
 constexpr int64_t kTaskRows = 512;       // rows a task has at most
-constexpr int64_t kTaskSums = 192 << 10;  // sums that a task keeps if the depth is more than kDepth
+constexpr int64_t kTaskSums = 192 << 10;  // sums that a task keeps if the depth is worked on in parts
+constexpr int64_t kTaskWeight = 1 << 20;  // bytes of W that a task goes over again and again
 
 constexpr int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 constexpr int64_t ceil_div(int64_t value, int64_t step) { return (value + step - 1) / step; }
 
 // Bytes of scratch that a thread needs: copied rows of A, then sums.
-constexpr int64_t kCopyBytes = kTaskRows * (kDepth * 2 + 64);
-constexpr int64_t kScratchBytes = kCopyBytes + (kTaskSums + 32 * kPanel) * 4;
+constexpr int64_t kCopyBytes = kBlockRows * (kSum * 4 + 64);
+constexpr int64_t kScratchBytes = kCopyBytes + (kTaskSums + 2 * kBlockRows * kPanel) * 4;
 
 inline int64_t row_tasks(const Product& p) { return ceil_div(p.rows, p.task_rows); }
 inline int64_t panels(const Product& p) { return ceil_div(p.columns, kPanel); }
@@ -91,12 +94,7 @@ inline int64_t packed_size(bool bfloat16, bool geglu, int64_t columns, int64_t d
 // bfloat16 in tiles of 16 columns and 32 of the depth: 16 pairs along the depth by 16 columns.
 void pack(bool bfloat16, bool geglu, int64_t columns, int64_t depth, const char* weight, char* to);
 
-inline int64_t pitch_of(const Product& p) { return kDepth * (p.bfloat16 ? 2 : 4) + 64; }
-
-// Copies elements k..k+count-1 of rows row..row+rows-1 of A; zeros where the kernel leaves the
-// image, and up to `padded` elements.
-void gather(const Product& p, int64_t row, int64_t rows, int64_t k, int64_t count, int64_t padded,
-            char* to);
+inline int64_t pitch_of(const Product& p) { return p.task_depth * (p.bfloat16 ? 2 : 4) + 64; }
 
 // One task with the named instructions. Every one gives the same bits for the same dtype.
 using ProductKernel = void (*)(const Product& p, int64_t task, char* scratch);

@@ -35,9 +35,9 @@ class Tiles {
 };
 
 // Tiles 0 to 3 are sums, 4 and 5 rows of A, 6 and 7 columns of W.
-template <int R, int V>
+template <int R, int V, typename Aside>
 HEATSINK_INLINE void tiles(const char* a, int64_t pitch, const char* b, int64_t depth, float* c,
-                           bool first) {
+                           bool first, Aside& aside) {
   constexpr int64_t kStep = kPanel * 4;
   float* below = c + kLanes * kPanel;
   if (first) {
@@ -79,6 +79,7 @@ HEATSINK_INLINE void tiles(const char* a, int64_t pitch, const char* b, int64_t 
     if constexpr (R == 2 && V == 2) {
       _tile_dpbf16ps(3, 5, 7);
     }
+    aside.finish_some();
   }
   _tile_stored(0, c, kStep);
   if constexpr (V == 2) {
@@ -97,19 +98,21 @@ struct Amx {
   static constexpr int64_t kRows = 2 * kLanes;
   static constexpr int64_t kGranule = kLanes;
 
+  // Finishes what is pending between its own products, which leave the vector units idle.
   static void multiply(int64_t rows, const char* a, int64_t pitch, const char* b, int64_t width,
-                       int64_t depth, float* c, bool first) {
+                       int64_t depth, float* c, bool first, Pending<Amx>& pending) {
     if (rows > kLanes) {
       if (width == kPanel) {
-        tiles<2, 2>(a, pitch, b, depth, c, first);
+        tiles<2, 2>(a, pitch, b, depth, c, first, pending);
       } else {
-        tiles<2, 1>(a, pitch, b, depth, c, first);
+        tiles<2, 1>(a, pitch, b, depth, c, first, pending);
       }
     } else if (width == kPanel) {
-      tiles<1, 2>(a, pitch, b, depth, c, first);
+      tiles<1, 2>(a, pitch, b, depth, c, first, pending);
     } else {
-      tiles<1, 1>(a, pitch, b, depth, c, first);
+      tiles<1, 1>(a, pitch, b, depth, c, first, pending);
     }
+    pending.finish();
   }
   static void narrow(const Vector& x, char* to) {
     const __m256bh halves = _mm512_cvtneps_pbh(x);

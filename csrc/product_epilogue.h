@@ -91,88 +91,146 @@ HEATSINK_INLINE void activate(Activation activation, Vector& x) {
   std::memcpy(&x, values, sizeof values);
 }
 
-// Adds the bias and what the row's sample adds, to 16 columns of weight rows from `column` on.
-template <typename I>
-HEATSINK_INLINE void add_lanes(const char* from, int64_t column, int64_t end, Vector& x) {
-  constexpr int64_t kBytes = I::kBfloat16 ? 2 : 4;
-  if (from == nullptr || column >= end) {
-    return;
-  }
-  Vector term;
-  const int64_t left = end - column;
-  read_lanes<I>(from + column * kBytes, left < kLanes ? left : kLanes, term);
-  x += term;
-}
-
 // Where 16 of a panel's columns come from and go to. With geglu a panel is 16 values and their 16
 // gates; otherwise, 32 columns as they are.
 struct Columns {
   int64_t first[2];  // among W's rows
-  int64_t end[2];
+  int64_t count[2];  // as many are there
 };
+
+inline int64_t at_most(int64_t count) { return count < kLanes ? (count < 0 ? 0 : count) : kLanes; }
 
 inline Columns columns_of(const Product& p, int64_t panel) {
   if (p.activation == Activation::Geglu) {
     const int64_t half = p.columns / 2;
     const int64_t column = panel * kLanes;
-    return {{column, half + column}, {half, p.columns}};
+    return {{column, half + column}, {at_most(half - column), at_most(half - column)}};
   }
-  return {{panel * kPanel, panel * kPanel + kLanes}, {p.columns, p.columns}};
+  const int64_t column = panel * kPanel;
+  return {{column, column + kLanes},
+          {at_most(p.columns - column), at_most(p.columns - column - kLanes)}};
 }
 
-// Stores 16 results of a row.
-template <typename I>
-HEATSINK_INLINE void put(const Product& p, int64_t row, int64_t column, int64_t count, Vector& x) {
+// What is done with the sums of a panel.
+enum class Kind { Plain, Active, Geglu };
+
+// The results of `rows` rows from `row` on, of a panel, from its sums c. If `kWhole`, no column is
+// missing.
+template <typename I, bool kWhole, Kind kKind>
+HEATSINK_INLINE void finish_rows(const Product& p, int64_t row, int64_t rows, const Columns& at,
+                                 const float* c) {
   constexpr int64_t kBytes = I::kBfloat16 ? 2 : 4;
-  count = count < kLanes ? count : kLanes;
-  if (p.residual.data != nullptr) {
-    Vector term;
-    read_lanes<I>(p.residual.data + row * p.residual.step + column * kBytes, count, term);
-    x += term;
-  }
-  write_lanes<I>(x, count, p.out + row * p.out_step + column * kBytes);
-}
-
-// The results of `rows` rows from `row` on, of a panel, from its sums c.
-template <typename I>
-HEATSINK_INLINE void finish(const Product& p, int64_t row, int64_t rows, int64_t panel,
-                            const float* c) {
-  const Columns at = columns_of(p, panel);
-  const bool geglu = p.activation == Activation::Geglu;
+  constexpr int kStored = kKind == Kind::Geglu ? 1 : 2;
+  // Copies, since whatever is stored might otherwise be a part of p.
+  const Activation activation = p.activation;
+  const int64_t counts[2] = {kWhole ? kLanes : at.count[0], kWhole ? kLanes : at.count[1]};
+  const int64_t columns[2] = {at.first[0] * kBytes, at.first[1] * kBytes};
+  const int64_t out_step = p.out_step, residual_step = p.residual.step;
+  const int64_t added_step = p.sample_add.step, sample_rows = p.sample_rows;
+  char* out = p.out + row * out_step;
+  const char* residual =
+      p.residual.data == nullptr ? nullptr : p.residual.data + row * residual_step;
+  const int64_t sample = p.sample_add.data == nullptr ? 0 : row / sample_rows;
+  const char* added =
+      p.sample_add.data == nullptr ? nullptr : p.sample_add.data + sample * added_step;
+  int64_t rest = added == nullptr ? rows : (sample + 1) * sample_rows - row;
   Vector bias[2] = {};
-  for (int v = 0; v < 2; ++v) {
-    add_lanes<I>(p.bias, at.first[v], at.end[v], bias[v]);
+  for (int v = 0; v < 2 && p.bias != nullptr; ++v) {
+    read_lanes<I>(p.bias + columns[v], counts[v], bias[v]);
   }
-  int64_t sample = p.sample_add.data == nullptr ? 0 : row / p.sample_rows;
-  int64_t rest = p.sample_add.data == nullptr ? rows : (sample + 1) * p.sample_rows - row;
-  for (int64_t r = 0; r < rows; ++r, c += kPanel, --rest) {
-    if (rest == 0) {
-      ++sample;
-      rest = p.sample_rows;
-    }
-    Vector x[2];
-    std::memcpy(x, c, sizeof x);
-    x[0] += bias[0];
-    x[1] += bias[1];
-    if (p.sample_add.data != nullptr) {
-      const char* added = p.sample_add.data + sample * p.sample_add.step;
-      add_lanes<I>(added, at.first[0], at.end[0], x[0]);
-      add_lanes<I>(added, at.first[1], at.end[1], x[1]);
-    }
-    if (geglu) {
-      activate(Activation::Gelu, x[1]);
-      x[0] *= x[1];
-      put<I>(p, row + r, at.first[0], at.end[0] - at.first[0], x[0]);
-      continue;
-    }
+  for (int64_t r = 0; r < rows; ++r, c += kPanel, out += out_step) {
+    Vector x[2], term;
+#pragma GCC unroll 2
     for (int v = 0; v < 2; ++v) {
-      if (at.first[v] < at.end[v]) {
-        activate(p.activation, x[v]);
-        put<I>(p, row + r, at.first[v], at.end[v] - at.first[v], x[v]);
+      std::memcpy(&x[v], c + v * kLanes, sizeof x[v]);
+      x[v] += bias[v];
+    }
+    if (added != nullptr) {
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) {
+        read_lanes<I>(added + columns[v], counts[v], term);
+        x[v] += term;
+      }
+      if (--rest == 0) {
+        rest = sample_rows;
+        added += added_step;
       }
     }
+    if constexpr (kKind == Kind::Geglu) {
+      activate(Activation::Gelu, x[1]);
+      x[0] *= x[1];
+    } else if constexpr (kKind == Kind::Active) {
+      activate(activation, x[0]);
+      activate(activation, x[1]);
+    }
+    if (residual != nullptr) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kStored; ++v) {
+        read_lanes<I>(residual + columns[v], counts[v], term);
+        x[v] += term;
+      }
+      residual += residual_step;
+    }
+#pragma GCC unroll 2
+    for (int v = 0; v < kStored; ++v) {
+      write_lanes<I>(x[v], counts[v], out + columns[v]);
+    }
   }
 }
+
+template <typename I, Kind kKind>
+HEATSINK_INLINE void finish_kind(const Product& p, int64_t row, int64_t rows, int64_t panel,
+                                 const float* c) {
+  const Columns at = columns_of(p, panel);
+  if (at.count[0] == kLanes && at.count[1] == kLanes) {
+    finish_rows<I, true, kKind>(p, row, rows, at, c);
+  } else {
+    finish_rows<I, false, kKind>(p, row, rows, at, c);
+  }
+}
+
+template <typename I>
+inline void finish(const Product& p, int64_t row, int64_t rows, int64_t panel, const float* c) {
+  if (p.activation == Activation::None) {
+    finish_kind<I, Kind::Plain>(p, row, rows, panel, c);
+  } else if (p.activation == Activation::Geglu) {
+    finish_kind<I, Kind::Geglu>(p, row, rows, panel, c);
+  } else {
+    finish_kind<I, Kind::Active>(p, row, rows, panel, c);
+  }
+}
+
+// A block whose sums are there, and how much of it is finished.
+template <typename I>
+struct Pending {
+  static constexpr int64_t kSome = 4;
+  const Product& p;
+  int64_t row = 0, rows = 0, panel = 0;
+  const float* sums = nullptr;
+
+  void set(int64_t first, int64_t count, int64_t of_panel, const float* c) {
+    row = first;
+    rows = count;
+    panel = of_panel;
+    sums = c;
+  }
+  void finish(int64_t some) {
+    heatsink::finish<I>(p, row, some, panel, sums);
+    row += some;
+    rows -= some;
+    sums += some * kPanel;
+  }
+  void finish_some() {
+    if (rows > 0) {
+      finish(rows < kSome ? rows : kSome);
+    }
+  }
+  void finish() {
+    if (rows > 0) {
+      finish(rows);
+    }
+  }
+};
 
 }  // namespace
 }  // namespace heatsink

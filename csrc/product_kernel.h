@@ -11,6 +11,7 @@
 #include "interface.h"
 #include "product.h"
 #include "product_epilogue.h"
+#include "product_rows.h"
 
 namespace heatsink {
 namespace {
@@ -139,7 +140,8 @@ struct Float : I {
   static constexpr int64_t kRows = I::kFloatRows;
   static constexpr int64_t kGranule = 1;  // rows that must be there in memory are a multiple
   static void multiply(int64_t rows, const char* a, int64_t pitch, const char* b, int64_t width,
-                       int64_t depth, float* c, bool first) {
+                       int64_t depth, float* c, bool first, Pending<Float>& pending) {
+    pending.finish();
     multiply_rows<I, false, I::kFloatRows>(rows, a, pitch, b, width, depth, c, first);
   }
 };
@@ -150,7 +152,8 @@ struct Bfloat16Pairs : I {
   static constexpr int64_t kRows = I::kPairRows;
   static constexpr int64_t kGranule = 1;
   static void multiply(int64_t rows, const char* a, int64_t pitch, const char* b, int64_t width,
-                       int64_t depth, float* c, bool first) {
+                       int64_t depth, float* c, bool first, Pending<Bfloat16Pairs>& pending) {
+    pending.finish();
     multiply_rows<I, true, I::kPairRows>(rows, a, pitch, b, width, depth, c, first);
   }
 };
@@ -164,35 +167,38 @@ void run_task(const Product& p, int64_t task, char* scratch) {
   const int64_t panel = task / row_tasks(p) * p.task_panels;
   const int64_t left = panels(p) - panel;
   const int64_t last_panel = panel + (left < p.task_panels ? left : p.task_panels);
-  const int64_t blocks = ceil_div(rows, M::kRows);
-  const int64_t step = round_up(ceil_div(rows, blocks), M::kGranule);
+  const int64_t step = round_up(ceil_div(rows, ceil_div(rows, M::kRows)), M::kGranule);
   const int64_t padded_rows = round_up(rows, M::kGranule);
   const int64_t depth = packed_depth(M::kBfloat16, p.depth);
   float* sums = reinterpret_cast<float*>(scratch + kCopyBytes);
-  const bool direct = p.direct && depth == p.depth && padded_rows == rows;
-  const bool single = depth <= kDepth;
-  for (int64_t k = 0; k < depth; k += kDepth) {
-    const int64_t count = depth - k < kDepth ? depth - k : kDepth;
-    const char* a = scratch;
-    int64_t pitch = pitch_of(p);
-    if (direct) {
-      pitch = p.images[0].pixel;
-      a = p.images[0].data + row * pitch + k * kBytes;
-    } else {
-      const int64_t there = p.depth - k < count ? p.depth - k : count;
-      gather(p, row, rows, k, there, count, scratch);
-    }
-    for (int64_t n = panel; n < last_panel; ++n) {
-      const int64_t width = panel_width(p.activation == Activation::Geglu, p.columns, n);
-      const char* b = p.weight + (n * kPanel * depth + k * width) * kBytes;
-      for (int64_t i = 0; i < rows; i += step) {
-        const int64_t some = rows - i < step ? rows - i : step;
-        float* c = single ? sums : sums + ((n - panel) * padded_rows + i) * kPanel;
-        M::multiply(some, a + i * pitch, pitch, b, width, count, c, k == 0);
+  float* other = sums + kBlockRows * kPanel;
+  const bool geglu = p.activation == Activation::Geglu;
+  const bool single = depth <= p.task_depth;
+  Pending<M> pending{p};
+  for (int64_t k = 0; k < depth; k += p.task_depth) {
+    const int64_t count = depth - k < p.task_depth ? depth - k : p.task_depth;
+    for (int64_t i = 0; i < rows; i += step) {
+      const int64_t some = rows - i < step ? rows - i : step;
+      const char* a = scratch;
+      int64_t pitch = pitch_of(p);
+      if (p.direct && depth == p.depth && some % M::kGranule == 0) {
+        pitch = p.images[0].pixel;
+        a = p.images[0].data + (row + i) * pitch + k * kBytes;
+      } else {
+        const int64_t there = p.depth - k < count ? p.depth - k : count;
+        gather(p, row + i, some, k, there, count, scratch);
+      }
+      for (int64_t n = panel; n < last_panel; ++n) {
+        const int64_t width = panel_width(geglu, p.columns, n);
+        const char* b = p.weight + (n * kPanel * depth + k * width) * kBytes;
+        float* c = single ? (n % 2 == 0 ? sums : other)
+                          : sums + ((n - panel) * padded_rows + i) * kPanel;
+        M::multiply(some, a, pitch, b, width, count, c, k == 0, pending);
         if (k + count == depth) {
-          finish<M>(p, row + i, some, n, c);
+          pending.set(row + i, some, n, c);
         }
       }
+      pending.finish();
     }
   }
 }
