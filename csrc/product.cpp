@@ -17,7 +17,7 @@ namespace {
 // Products that are worth a thread.
 constexpr int64_t kGrainFloat = 1 << 19;
 constexpr int64_t kGrainBfloat16 = 1 << 21;
-constexpr int64_t kFloatRows = 112;  // rows that a task has at most in float32
+constexpr int64_t kFloatRows = 224;  // rows that a task has at most in float32
 
 std::vector<Choice<ProductKernel>> kernels(bool bfloat16) {
   std::vector<Choice<ProductKernel>> found;
@@ -41,6 +41,24 @@ const Choice<ProductKernel>& kernel_for(bool bfloat16) {
   return choices[bfloat16 ? 1 : 0];
 }
 
+// The depth of bfloat16 that is worked on at a time. For images as wide as a block of rows, if
+// possible channels of one pixel or of all that the kernel sees side by side: most blocks then need
+// no copy. No bits depend on it.
+int64_t choose_depth(const Product& p, int64_t depth) {
+  const int64_t first = p.images[0].channels, second = p.images[1].channels;
+  if (!p.direct && p.out_width >= kBlockRows) {
+    if (second == 0 && first % kTile == 0 && first * p.kernel_width <= kDepth) {
+      return first * p.kernel_width;
+    }
+    for (int64_t some = kDepth; some >= kDepth / 3; some -= kTile) {
+      if (first % some == 0 && second % some == 0) {
+        return some;
+      }
+    }
+  }
+  return round_up(ceil_div(depth, ceil_div(depth, kDepth)), kTile);
+}
+
 // Halves tasks until there are enough for the threads, and so that their sums fit. No bits depend
 // on it.
 void partition(Product& p, int64_t threads) {
@@ -48,7 +66,7 @@ void partition(Product& p, int64_t threads) {
   p.task_panels = panels(p);
   const int64_t wanted = threads == 1 ? 1 : 4 * threads;
   const int64_t depth = packed_depth(p.bfloat16, p.depth);
-  p.task_depth = p.bfloat16 ? round_up(ceil_div(depth, ceil_div(depth, kDepth)), kTile) : kSum;
+  p.task_depth = p.bfloat16 ? choose_depth(p, depth) : kSum;
   const bool sums = depth > p.task_depth;
   while (true) {
     const int64_t columns = p.task_panels * kPanel;

@@ -58,7 +58,7 @@ constexpr int64_t kSum = 512;
 // to 0 throughout. Other instruction sets do the same.
 constexpr int64_t kTile = 32;
 // The depth that is worked on at a time, at most.
-constexpr int64_t kDepth = 320;
+constexpr int64_t kDepth = 640;
 constexpr int64_t kBlockRows = 32;  // rows that are worked on at a time, at most
 
 constexpr int64_t kTaskRows = 512;       // rows a task has at most

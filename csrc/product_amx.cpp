@@ -65,11 +65,11 @@ HEATSINK_INLINE void tiles(const char* a, int64_t pitch, const char* b, int64_t 
   }
   const char* under = a + kLanes * pitch;
   for (int64_t k = 0; k < depth; k += kTile, a += 2 * kTile, under += 2 * kTile, b += V * 1024) {
-    _tile_loadd(6, b, 64);
+    _tile_stream_loadd(6, b, 64);
     _tile_loadd(4, a, pitch);
     _tile_dpbf16ps(0, 4, 6);
     if constexpr (V == 2) {
-      _tile_loadd(7, b + 1024, 64);
+      _tile_stream_loadd(7, b + 1024, 64);
       _tile_dpbf16ps(1, 4, 7);
     }
     if constexpr (R == 2) {

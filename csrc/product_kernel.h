@@ -179,13 +179,14 @@ void run_task(const Product& p, int64_t task, char* scratch) {
     const int64_t count = depth - k < p.task_depth ? depth - k : p.task_depth;
     for (int64_t i = 0; i < rows; i += step) {
       const int64_t some = rows - i < step ? rows - i : step;
-      const char* a = scratch;
-      int64_t pitch = pitch_of(p);
-      if (p.direct && depth == p.depth && some % M::kGranule == 0) {
-        pitch = p.images[0].pixel;
-        a = p.images[0].data + (row + i) * pitch + k * kBytes;
-      } else {
-        const int64_t there = p.depth - k < count ? p.depth - k : count;
+      const int64_t there = p.depth - k < count ? p.depth - k : count;
+      int64_t pitch;
+      const char* a = there == count && some % M::kGranule == 0
+                          ? rows_in_place(p, row + i, some, k, count, &pitch)
+                          : nullptr;
+      if (a == nullptr) {
+        pitch = pitch_of(p);
+        a = scratch;
         gather(p, row + i, some, k, there, count, scratch);
       }
       for (int64_t n = panel; n < last_panel; ++n) {

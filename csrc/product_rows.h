@@ -99,5 +99,35 @@ inline void gather(const Product& p, int64_t row, int64_t rows, int64_t k, int64
   }
 }
 
+// Elements k..k+count-1 of rows row..row+rows-1 of A if they lie evenly in an image, `*pitch` bytes
+// apart; else null. Neighbouring pixels' channels may follow each other.
+inline const char* rows_in_place(const Product& p, int64_t row, int64_t rows, int64_t k,
+                                 int64_t count, int64_t* pitch) {
+  const int64_t bytes = p.bfloat16 ? 2 : 4;
+  *pitch = p.images[0].pixel;
+  if (p.direct) {
+    return p.images[0].data + row * *pitch + k * bytes;
+  }
+  const int64_t y = row / p.out_width;
+  const int64_t x = row - y * p.out_width;
+  if (p.stride != 1 || p.shift != 0 || x + rows > p.out_width) {
+    return nullptr;
+  }
+  const Stretch s = stretch_at(p, bytes, k, count);
+  const Image& image = *s.image;
+  const int64_t missing = count * bytes - s.bytes;
+  const int64_t after = missing == 0 ? 0 : ceil_div(missing, image.pixel);  // pixels to the right
+  const bool dense = image.pixel == image.channels * bytes && p.images[1].channels == 0;
+  const int64_t sample = y / p.out_height;
+  const int64_t iy = y - sample * p.out_height - p.padding + s.y;
+  const int64_t ix = x - p.padding + s.x;
+  if ((after > 0 && (!dense || s.x + after >= p.kernel_width)) || iy < 0 || iy >= p.height ||
+      ix < 0 || ix + rows + after > p.width) {
+    return nullptr;
+  }
+  *pitch = image.pixel;
+  return image.data + sample * image.sample + iy * image.row + ix * image.pixel + s.skipped;
+}
+
 }  // namespace
 }  // namespace heatsink
