@@ -112,11 +112,13 @@ Tensor conv2d(Tensor x, Given x2, Tensor weight, Given bias, Given residual, Giv
   if (residual.has_value() && steps(*residual) == heatsink::kUneven) {
     residual = channels_last(*residual);
   }
+  heatsink::make_dense(bias);
+  heatsink::make_dense(sample_add);
   const Tensor blocks = heatsink::packed(weight, geglu);
   Product p{};
   p.columns = weight.size(0);
   set_images(p, x, x2, window);
-  heatsink::set_product(p, x, blocks, true, bias, sample_add, activation);
+  heatsink::set_product(p, x, blocks, bias, sample_add, activation);
   set_result(p, residual, out);
   heatsink::run(p);
   return out;
@@ -139,7 +141,7 @@ void conv2d_packed(Tensor x, Given x2, Tensor weight, Given bias, Given residual
   Product p{};
   p.columns = out.size(1) * (activation == "geglu" ? 2 : 1);
   set_images(p, x, x2, window);
-  heatsink::set_product(p, x, weight, true, bias, sample_add, activation);
+  heatsink::set_product(p, x, weight, bias, sample_add, activation);
   set_result(p, residual, out);
   heatsink::run_in(p, scratch);
 }

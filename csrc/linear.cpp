@@ -65,11 +65,13 @@ Tensor linear(Tensor x, Tensor weight, Given bias, Given residual, Given sample_
   if (residual.has_value() && steps(*residual) == heatsink::kUneven) {
     residual = torch::stable::contiguous(*residual);
   }
+  heatsink::make_dense(bias);
+  heatsink::make_dense(sample_add);
   const Tensor blocks = heatsink::packed(weight, geglu);
   Product p{};
   p.columns = weight.size(0);
   set_rows(p, x);
-  heatsink::set_product(p, x, blocks, true, bias, sample_add, activation);
+  heatsink::set_product(p, x, blocks, bias, sample_add, activation);
   set_result(p, residual, out);
   heatsink::run(p);
   return out;
@@ -87,7 +89,7 @@ void linear_packed(Tensor x, Tensor weight, Given bias, Given residual, Given sa
   p.columns = out.size(out.dim() - 1) * (activation == "geglu" ? 2 : 1);
   set_rows(p, x);
   STD_TORCH_CHECK(out.numel() / out.size(out.dim() - 1) == p.rows, "out: expected x's rows");
-  heatsink::set_product(p, x, weight, true, bias, sample_add, activation);
+  heatsink::set_product(p, x, weight, bias, sample_add, activation);
   set_result(p, residual, out);
   heatsink::run_in(p, scratch);
 }

@@ -137,7 +137,7 @@ int64_t row_step(const Tensor& x, const int* order, int dims, int64_t width) {
   return (step == kUneven ? width : step) * element_bytes(x.scalar_type());
 }
 
-void set_product(Product& p, const Tensor& x, const Tensor& weight, bool packed,
+void set_product(Product& p, const Tensor& x, const Tensor& weight,
                  const std::optional<Tensor>& bias, const std::optional<Tensor>& sample_add,
                  const std::string& activation) {
   const ScalarType dtype = x.scalar_type();
@@ -148,8 +148,7 @@ void set_product(Product& p, const Tensor& x, const Tensor& weight, bool packed,
   const bool geglu = p.activation == Activation::Geglu;
   STD_TORCH_CHECK(!geglu || p.columns % 2 == 0, "weight: expected an even number of rows");
   STD_TORCH_CHECK(weight.is_cpu() && weight.scalar_type() == dtype &&
-                      (!packed || weight.numel() == packed_size(p.bfloat16, geglu, p.columns,
-                                                                p.depth)),
+                      weight.numel() == packed_size(p.bfloat16, geglu, p.columns, p.depth),
                   "weight: expected it of x's dtype, packed for this shape and activation");
   p.weight = static_cast<const char*>(weight.const_data_ptr());
   if (bias.has_value()) {
@@ -166,6 +165,12 @@ void set_product(Product& p, const Tensor& x, const Tensor& weight, bool packed,
                     "sample_add: expected (batch, ", p.columns, ") with dense rows, of x's dtype");
     p.sample_add = {static_cast<const char*>(sample_add->const_data_ptr()),
                     sample_add->stride(0) * element_bytes(dtype)};
+  }
+}
+
+void make_dense(std::optional<Tensor>& given) {
+  if (given.has_value() && given->dim() > 0 && given->stride(given->dim() - 1) != 1) {
+    given = torch::stable::contiguous(*given);
   }
 }
 

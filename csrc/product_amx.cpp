@@ -95,6 +95,7 @@ HEATSINK_INLINE void tiles(const char* a, int64_t pitch, const char* b, int64_t 
 
 struct Amx {
   static constexpr bool kBfloat16 = true;
+  static constexpr bool kPrefetches = true;
   static constexpr int64_t kRows = 2 * kLanes;
   static constexpr int64_t kGranule = kLanes;
 

@@ -137,6 +137,7 @@ inline void multiply_rows(int64_t rows, const char* a, int64_t pitch, const char
 template <typename I>
 struct Float : I {
   static constexpr bool kBfloat16 = false;
+  static constexpr bool kPrefetches = false;
   static constexpr int64_t kRows = I::kFloatRows;
   static constexpr int64_t kGranule = 1;  // rows that must be there in memory are a multiple
   static void multiply(int64_t rows, const char* a, int64_t pitch, const char* b, int64_t width,
@@ -149,6 +150,7 @@ struct Float : I {
 template <typename I>
 struct Bfloat16Pairs : I {
   static constexpr bool kBfloat16 = true;
+  static constexpr bool kPrefetches = false;
   static constexpr int64_t kRows = I::kPairRows;
   static constexpr int64_t kGranule = 1;
   static void multiply(int64_t rows, const char* a, int64_t pitch, const char* b, int64_t width,
@@ -157,6 +159,15 @@ struct Bfloat16Pairs : I {
     multiply_rows<I, true, I::kPairRows>(rows, a, pitch, b, width, depth, c, first);
   }
 };
+
+// Asks for rows that are worked on next.
+inline void prefetch_rows(const char* from, int64_t rows, int64_t pitch, int64_t bytes) {
+  for (int64_t r = 0; r < rows; ++r, from += pitch) {
+    for (int64_t line = 0; line < bytes; line += 64) {
+      __builtin_prefetch(from + line, 0, 2);
+    }
+  }
+}
 
 // One task: some rows by some panels.
 template <typename M>
@@ -189,7 +200,12 @@ void run_task(const Product& p, int64_t task, char* scratch) {
         a = scratch;
         gather(p, row + i, some, k, there, count, scratch);
       }
+      const bool ahead = M::kPrefetches && p.direct && i + step < rows;
+      const int64_t ahead_rows = ceil_div(step, last_panel - panel);
       for (int64_t n = panel; n < last_panel; ++n) {
+        if (ahead) {
+          prefetch_rows(a + (step + (n - panel) * ahead_rows) * pitch, ahead_rows, pitch, count * kBytes);
+        }
         const int64_t width = panel_width(geglu, p.columns, n);
         const char* b = p.weight + (n * kPanel * depth + k * width) * kBytes;
         float* c = single ? (n % 2 == 0 ? sums : other)

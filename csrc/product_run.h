@@ -15,19 +15,17 @@ using torch::stable::Tensor;
 constexpr int64_t kUneven = -1;
 
 // Bytes between x's rows of `width` elements, which walk along the dimensions in `order`, slowest
-// first; kUneven if they do not lie evenly. The step along `order`'s elements is what is dense in.
+// first; kUneven if they do not lie evenly.
 int64_t row_step(const Tensor& x, const int* order, int dims, int64_t width);
 
 // Sets the dtype, the weight, and of the epilogue what is alike for all products; checks them.
-// `x` is the left side and `samples` its batch. A weight of `packed` is one that `pack` filled.
-void set_product(Product& p, const Tensor& x, const Tensor& weight, bool packed,
+// `x` is the left side, and the weight one that `packed` gave.
+void set_product(Product& p, const Tensor& x, const Tensor& weight,
                  const std::optional<Tensor>& bias, const std::optional<Tensor>& sample_add,
                  const std::string& activation);
 
-// Columns of the result of a product with `columns` columns of weight rows.
-inline int64_t result_columns(const Product& p) {
-  return p.activation == Activation::Geglu ? p.columns / 2 : p.columns;
-}
+// Copies what is given if its last dimension is not dense.
+void make_dense(std::optional<Tensor>& given);
 
 // A weight (columns, depth) or (columns, channels, height, width) packed into a new tensor.
 Tensor packed(const Tensor& weight, bool geglu);

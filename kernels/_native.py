@@ -15,7 +15,7 @@ import warnings
 
 import torch  # noqa: F401 - the extension's own libraries, which must be there first
 
-INTERFACE = 2
+INTERFACE = 3
 
 
 @functools.cache
@@ -57,3 +57,20 @@ def describe() -> str:
     """One line for logs and reports: which implementation the CPU ops run."""
     reason = load()
     return f"PyTorch ({reason})" if reason else "C++ (heatsink._C)"
+
+
+def instruction_set() -> str:
+    """What the products (linear, conv2d) and attention run on this processor.
+
+    Returns:
+        `amx` (bfloat16 alone; float32 is avx512 there), `avx512`, `avx2` or `portable`, or `pytorch`
+        without the extension. Within C++ all give the same bits. `HEATSINK_CPU` in the environment
+        chooses another than the fastest.
+
+    Raises:
+        ValueError: if `HEATSINK_CPU` names none that this processor has.
+    """
+    if not available():
+        return "pytorch"
+    name: str = importlib.import_module("heatsink._C").instruction_set()
+    return name
