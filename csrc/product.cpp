@@ -66,7 +66,7 @@ void partition(Product& p, int64_t threads) {
   p.task_panels = panels(p);
   const int64_t wanted = threads == 1 ? 1 : 4 * threads;
   const int64_t depth = packed_depth(p.bfloat16, p.depth);
-  p.task_depth = p.bfloat16 ? choose_depth(p, depth) : kSum;
+  p.task_depth = p.bfloat16 ? choose_depth(p, depth) : kFloatDepth;
   const bool sums = depth > p.task_depth;
   while (true) {
     const int64_t columns = p.task_panels * kPanel;

@@ -45,20 +45,21 @@ struct Product {
   // The partition into tasks, which no bits depend on: so many rows and panels each, numbered with
   // the rows innermost.
   int64_t task_rows, task_panels;
-  int64_t task_depth;  // what is worked on at a time; kSum in float32
+  int64_t task_depth;  // what is worked on at a time; in float32 a multiple of kSum
 };
 
 constexpr int64_t kLanes = 16;
 constexpr int64_t kPanel = 32;  // columns of W that are worked on side by side
 // Float32 sums go over so many products, one fused multiply-add after the other, before they are
 // added to what came before: long sums would lose digits. The bits depend on it.
-constexpr int64_t kSum = 512;
+constexpr int64_t kSum = 128;
 // bfloat16 sums go over so many products as AMX defines them: those of even and of odd places are
 // summed apart, each from 0, and their sum is added to what came before, denormal numbers flushed
 // to 0 throughout. Other instruction sets do the same.
 constexpr int64_t kTile = 32;
-// The depth that is worked on at a time, at most.
+// The depth that is worked on at a time, at most, in bfloat16 and in float32.
 constexpr int64_t kDepth = 640;
+constexpr int64_t kFloatDepth = 4 * kSum;
 constexpr int64_t kBlockRows = 32;  // rows that are worked on at a time, at most
 
 constexpr int64_t kTaskRows = 512;       // rows a task has at most
@@ -69,7 +70,7 @@ constexpr int64_t round_up(int64_t value, int64_t step) { return (value + step -
 constexpr int64_t ceil_div(int64_t value, int64_t step) { return (value + step - 1) / step; }
 
 // Bytes of scratch that a thread needs: copied rows of A, then sums.
-constexpr int64_t kCopyBytes = kBlockRows * (kSum * 4 + 64);
+constexpr int64_t kCopyBytes = kBlockRows * (kFloatDepth * 4 + 64);
 constexpr int64_t kScratchBytes = kCopyBytes + (kTaskSums + 2 * kBlockRows * kPanel) * 4;
 
 inline int64_t row_tasks(const Product& p) { return ceil_div(p.rows, p.task_rows); }

@@ -143,7 +143,10 @@ struct Float : I {
   static void multiply(int64_t rows, const char* a, int64_t pitch, const char* b, int64_t width,
                        int64_t depth, float* c, bool first, Pending<Float>& pending) {
     pending.finish();
-    multiply_rows<I, false, I::kFloatRows>(rows, a, pitch, b, width, depth, c, first);
+    for (int64_t k = 0; k < depth; k += kSum, a += 4 * kSum, b += 4 * kSum * width) {
+      const int64_t some = depth - k < kSum ? depth - k : kSum;
+      multiply_rows<I, false, I::kFloatRows>(rows, a, pitch, b, width, some, c, first && k == 0);
+    }
   }
 };
 

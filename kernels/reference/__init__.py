@@ -25,6 +25,10 @@ from heatsink.kernels.reference.norms import (
 from heatsink.kernels.reference.positions import (
     rotary,
 )
+from heatsink.kernels.reference.products import (
+    conv2d,
+    linear,
+)
 from heatsink.kernels.reference.steps import (
     guided_step,
 )
@@ -32,12 +36,14 @@ from heatsink.kernels.reference.steps import (
 __all__ = [
     "FINGERPRINT_FORMATS",
     "attention",
+    "conv2d",
     "fingerprint_key",
     "fingerprint_row",
     "geglu",
     "group_norm_silu",
     "guided_step",
     "layer_norm",
+    "linear",
     "noise_word",
     "philox_4x32_10",
     "rms_norm",
