@@ -79,12 +79,13 @@ Tensor linear(Tensor x, Tensor weight, Given bias, Given residual, Given sample_
 
 void linear_packed(Tensor x, Tensor weight, Given bias, Given residual, Given sample_add,
                    std::string activation, Tensor scratch, Tensor out) {
-  STD_TORCH_CHECK(x.dim() >= 1 && out.dim() == x.dim() && out.scalar_type() == x.scalar_type() &&
-                      out.is_cpu() && steps(out) != heatsink::kUneven,
-                  "out: expected evenly spaced dense rows of x's dtype");
+  STD_TORCH_CHECK(
+      x.dim() >= 1 && out.dim() == x.dim() && out.scalar_type() == x.scalar_type() && out.is_cpu(),
+      "out: expected as many dimensions as x, of its dtype");
   if (out.numel() == 0) {
     return;
   }
+  STD_TORCH_CHECK(steps(out) != heatsink::kUneven, "out: expected evenly spaced dense rows");
   Product p{};
   p.columns = out.size(out.dim() - 1) * (activation == "geglu" ? 2 : 1);
   set_rows(p, x);

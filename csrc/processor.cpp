@@ -24,10 +24,9 @@ bool has_amx() {
   // Linux gives a process the tiles' state when it asks, for all its threads.
   constexpr long kRequest = 0x1023;  // ARCH_REQ_XCOMP_PERM
   constexpr long kTileData = 18;     // XFEATURE_XTILEDATA
-  static const bool granted = has_avx512() && __builtin_cpu_supports("avx512bf16") &&
-                              __builtin_cpu_supports("amx-tile") &&
-                              __builtin_cpu_supports("amx-bf16") &&
-                              syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  static const bool granted =
+      has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") &&
+      __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
   return granted;
 }
 #else

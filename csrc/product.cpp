@@ -97,9 +97,8 @@ void run_tasks(Product& p, int64_t slots, char* scratch) {
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t slot = begin; slot < end; ++slot) {
-      char* memory = scratch == nullptr
-                         ? reinterpret_cast<char*>(thread_scratch(kScratchBytes / 4))
-                         : scratch + slot * kScratchBytes;
+      char* memory = scratch == nullptr ? reinterpret_cast<char*>(thread_scratch(kScratchBytes / 4))
+                                        : scratch + slot * kScratchBytes;
       for (int64_t task = next++; task < count; task = next++) {
         kernel(p, task, memory);
       }
@@ -114,9 +113,8 @@ Activation activation_of(const std::string& name) {
       return static_cast<Activation>(i);
     }
   }
-  STD_TORCH_CHECK(false,
-                  "activation: expected '', silu, gelu, gelu_tanh, quick_gelu or geglu, got ",
-                  name);
+  STD_TORCH_CHECK(
+      false, "activation: expected '', silu, gelu, gelu_tanh, quick_gelu or geglu, got ", name);
 }
 
 }  // namespace
@@ -176,10 +174,10 @@ void make_dense(std::optional<Tensor>& given) {
 
 Tensor packed(const Tensor& weight, bool geglu) {
   const bool bfloat16 = weight.scalar_type() == ScalarType::BFloat16;
-  STD_TORCH_CHECK(
-      weight.is_cpu() && (bfloat16 || weight.scalar_type() == ScalarType::Float) &&
-          weight.dim() >= 2 && weight.numel() > 0 && (!geglu || weight.size(0) % 2 == 0),
-      "weight: expected (columns, ...), float32 or bfloat16 on the CPU, not empty");
+  STD_TORCH_CHECK(weight.is_cpu() && (bfloat16 || weight.scalar_type() == ScalarType::Float) &&
+                      weight.dim() >= 2 && weight.numel() > 0 &&
+                      (!geglu || weight.size(0) % 2 == 0),
+                  "weight: expected (columns, ...), float32 or bfloat16 on the CPU, not empty");
   // A convolution's as (columns, height, width, channels).
   constexpr auto kRows = torch::headeronly::MemoryFormat::Contiguous;
   constexpr auto kPixels = torch::headeronly::MemoryFormat::ChannelsLast;
@@ -199,8 +197,8 @@ void run_in(Product& p, Tensor& scratch) {
                       scratch.numel() * scratch.element_size() >= kScratchBytes,
                   "scratch: expected a dense tensor on the CPU of at least ", kScratchBytes,
                   " bytes");
-  const int64_t slots = static_cast<int64_t>(scratch.numel() * scratch.element_size()) /
-                        kScratchBytes;
+  const int64_t slots =
+      static_cast<int64_t>(scratch.numel() * scratch.element_size()) / kScratchBytes;
   run_tasks(p, std::min<int64_t>(slots, torch::stable::get_num_threads()),
             static_cast<char*>(scratch.mutable_data_ptr()));
 }

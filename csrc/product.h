@@ -62,8 +62,9 @@ constexpr int64_t kDepth = 640;
 constexpr int64_t kFloatDepth = 4 * kSum;
 constexpr int64_t kBlockRows = 32;  // rows that are worked on at a time, at most
 
-constexpr int64_t kTaskRows = 512;       // rows a task has at most
-constexpr int64_t kTaskSums = 192 << 10;  // sums that a task keeps if the depth is worked on in parts
+constexpr int64_t kTaskRows = 512;  // rows a task has at most
+constexpr int64_t kTaskSums =
+    192 << 10;  // sums that a task keeps if the depth is worked on in parts
 constexpr int64_t kTaskWeight = 1 << 20;  // bytes of W that a task goes over again and again
 
 constexpr int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
@@ -75,9 +76,7 @@ constexpr int64_t kScratchBytes = kCopyBytes + (kTaskSums + 2 * kBlockRows * kPa
 
 inline int64_t row_tasks(const Product& p) { return ceil_div(p.rows, p.task_rows); }
 inline int64_t panels(const Product& p) { return ceil_div(p.columns, kPanel); }
-inline int64_t tasks(const Product& p) {
-  return row_tasks(p) * ceil_div(panels(p), p.task_panels);
-}
+inline int64_t tasks(const Product& p) { return row_tasks(p) * ceil_div(panels(p), p.task_panels); }
 // Columns that a panel is stored with; the last may be narrow.
 inline int64_t panel_width(bool geglu, int64_t columns, int64_t panel) {
   return geglu || columns - panel * kPanel > kLanes ? kPanel : kLanes;

@@ -35,9 +35,9 @@ class Tiles {
 };
 
 // Tiles 0 to 3 are sums, 4 and 5 rows of A, 6 and 7 columns of W.
-template <int R, int V, typename Aside>
+template <int R, int V, typename Beside>
 HEATSINK_INLINE void tiles(const char* a, int64_t pitch, const char* b, int64_t depth, float* c,
-                           bool first, Aside& aside) {
+                           bool first, Beside& aside) {
   constexpr int64_t kStep = kPanel * 4;
   float* below = c + kLanes * kPanel;
   if (first) {
@@ -80,6 +80,7 @@ HEATSINK_INLINE void tiles(const char* a, int64_t pitch, const char* b, int64_t 
       _tile_dpbf16ps(3, 5, 7);
     }
     aside.finish_some();
+    aside.fetch_some();
   }
   _tile_stored(0, c, kStep);
   if constexpr (V == 2) {
@@ -99,21 +100,22 @@ struct Amx {
   static constexpr int64_t kRows = 2 * kLanes;
   static constexpr int64_t kGranule = kLanes;
 
-  // Finishes what is pending between its own products, which leave the vector units idle.
+  static int64_t steps(int64_t depth) { return depth / kTile; }
+  // What is done aside comes between the products, which leave the vector units idle.
   static void multiply(int64_t rows, const char* a, int64_t pitch, const char* b, int64_t width,
-                       int64_t depth, float* c, bool first, Pending<Amx>& pending) {
+                       int64_t depth, float* c, bool first, Aside<Amx>& aside) {
     if (rows > kLanes) {
       if (width == kPanel) {
-        tiles<2, 2>(a, pitch, b, depth, c, first, pending);
+        tiles<2, 2>(a, pitch, b, depth, c, first, aside);
       } else {
-        tiles<2, 1>(a, pitch, b, depth, c, first, pending);
+        tiles<2, 1>(a, pitch, b, depth, c, first, aside);
       }
     } else if (width == kPanel) {
-      tiles<1, 2>(a, pitch, b, depth, c, first, pending);
+      tiles<1, 2>(a, pitch, b, depth, c, first, aside);
     } else {
-      tiles<1, 1>(a, pitch, b, depth, c, first, pending);
+      tiles<1, 1>(a, pitch, b, depth, c, first, aside);
     }
-    pending.finish();
+    aside.finish();
   }
   static void narrow(const Vector& x, char* to) {
     const __m256bh halves = _mm512_cvtneps_pbh(x);

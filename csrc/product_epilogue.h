@@ -200,15 +200,19 @@ inline void finish(const Product& p, int64_t row, int64_t rows, int64_t panel, c
   }
 }
 
-// A block whose sums are there, and how much of it is finished.
+// What is done beside a block's products: the block before is finished, whose sums are there, and
+// weights that come next are asked for.
 template <typename I>
-struct Pending {
-  static constexpr int64_t kSome = 4;
+struct Aside {
+  static constexpr int64_t kSome = 4;   // rows
+  static constexpr int64_t kLine = 64;  // bytes
   const Product& p;
   int64_t row = 0, rows = 0, panel = 0;
   const float* sums = nullptr;
+  const char* ahead = nullptr;
+  int64_t lines = 0, at_once = 0;
 
-  void set(int64_t first, int64_t count, int64_t of_panel, const float* c) {
+  void finish_later(int64_t first, int64_t count, int64_t of_panel, const float* c) {
     row = first;
     rows = count;
     panel = of_panel;
@@ -229,6 +233,19 @@ struct Pending {
     if (rows > 0) {
       finish(rows);
     }
+  }
+  // Bytes that are asked for in so many steps.
+  void fetch_later(const char* from, int64_t bytes, int64_t steps) {
+    ahead = from;
+    lines = bytes / kLine;
+    at_once = ceil_div(lines, steps);
+  }
+  void fetch_some() {
+    const int64_t some = lines < at_once ? lines : at_once;
+    for (int64_t line = 0; line < some; ++line, ahead += kLine) {
+      __builtin_prefetch(ahead, 0, 2);
+    }
+    lines -= some;
   }
 };
 

@@ -16,6 +16,9 @@
 namespace heatsink {
 namespace {
 
+// Steps along the depth by which a panel is asked for before it is used.
+constexpr int64_t kAhead = 16;
+
 // c (rows x 32) = or += a (R rows, `pitch` bytes apart) times W's panel, V vectors of `width`
 // columns: a[r][k] b[k][column], in float32.
 template <typename I, int R, int V>
@@ -40,6 +43,7 @@ HEATSINK_INLINE void block_float(const char* a, int64_t pitch, const float* b, i
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) {
       column[v] = I::load(b + v * kLanes);
+      __builtin_prefetch(b + kAhead * width + v * kLanes, 0, 3);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
@@ -140,12 +144,14 @@ struct Float : I {
   static constexpr bool kPrefetches = false;
   static constexpr int64_t kRows = I::kFloatRows;
   static constexpr int64_t kGranule = 1;  // rows that must be there in memory are a multiple
+  static int64_t steps(int64_t depth) { return ceil_div(depth, kSum); }
   static void multiply(int64_t rows, const char* a, int64_t pitch, const char* b, int64_t width,
-                       int64_t depth, float* c, bool first, Pending<Float>& pending) {
-    pending.finish();
+                       int64_t depth, float* c, bool first, Aside<Float>& aside) {
+    aside.finish();
     for (int64_t k = 0; k < depth; k += kSum, a += 4 * kSum, b += 4 * kSum * width) {
       const int64_t some = depth - k < kSum ? depth - k : kSum;
       multiply_rows<I, false, I::kFloatRows>(rows, a, pitch, b, width, some, c, first && k == 0);
+      aside.fetch_some();
     }
   }
 };
@@ -156,9 +162,10 @@ struct Bfloat16Pairs : I {
   static constexpr bool kPrefetches = false;
   static constexpr int64_t kRows = I::kPairRows;
   static constexpr int64_t kGranule = 1;
+  static int64_t steps(int64_t) { return 1; }
   static void multiply(int64_t rows, const char* a, int64_t pitch, const char* b, int64_t width,
-                       int64_t depth, float* c, bool first, Pending<Bfloat16Pairs>& pending) {
-    pending.finish();
+                       int64_t depth, float* c, bool first, Aside<Bfloat16Pairs>& aside) {
+    aside.finish();
     multiply_rows<I, true, I::kPairRows>(rows, a, pitch, b, width, depth, c, first);
   }
 };
@@ -188,7 +195,7 @@ void run_task(const Product& p, int64_t task, char* scratch) {
   float* other = sums + kBlockRows * kPanel;
   const bool geglu = p.activation == Activation::Geglu;
   const bool single = depth <= p.task_depth;
-  Pending<M> pending{p};
+  Aside<M> aside{p};
   for (int64_t k = 0; k < depth; k += p.task_depth) {
     const int64_t count = depth - k < p.task_depth ? depth - k : p.task_depth;
     for (int64_t i = 0; i < rows; i += step) {
@@ -207,18 +214,27 @@ void run_task(const Product& p, int64_t task, char* scratch) {
       const int64_t ahead_rows = ceil_div(step, last_panel - panel);
       for (int64_t n = panel; n < last_panel; ++n) {
         if (ahead) {
-          prefetch_rows(a + (step + (n - panel) * ahead_rows) * pitch, ahead_rows, pitch, count * kBytes);
+          prefetch_rows(a + (step + (n - panel) * ahead_rows) * pitch, ahead_rows, pitch,
+                        count * kBytes);
         }
         const int64_t width = panel_width(geglu, p.columns, n);
         const char* b = p.weight + (n * kPanel * depth + k * width) * kBytes;
-        float* c = single ? (n % 2 == 0 ? sums : other)
-                          : sums + ((n - panel) * padded_rows + i) * kPanel;
-        M::multiply(some, a, pitch, b, width, count, c, k == 0, pending);
+        if (!single) {
+          // This panel's next part, or its first for the rows of the next task.
+          const char* next =
+              k + count < depth ? b + count * width * kBytes : b - k * width * kBytes;
+          const int64_t share = round_up(ceil_div(p.task_depth * width * kBytes * step, rows), 64);
+          const int64_t done = i / step * share;
+          aside.fetch_later(next + done, share, M::steps(count));
+        }
+        float* c =
+            single ? (n % 2 == 0 ? sums : other) : sums + ((n - panel) * padded_rows + i) * kPanel;
+        M::multiply(some, a, pitch, b, width, count, c, k == 0, aside);
         if (k + count == depth) {
-          pending.set(row + i, some, n, c);
+          aside.finish_later(row + i, some, n, c);
         }
       }
-      pending.finish();
+      aside.finish();
     }
   }
 }

@@ -65,8 +65,8 @@ HEATSINK_INLINE void gather_stretch(const Product& p, const Stretch& s, int64_t 
     const int64_t some = p.out_width - x < rows ? p.out_width - x : rows;
     const int64_t iy = y * stride - p.padding + s.y;
     const bool inside = iy >= 0 && iy < p.height;
-    const char* line = s.image->data + sample * s.image->sample +
-                       (iy >> shift) * s.image->row + s.skipped;
+    const char* line =
+        s.image->data + sample * s.image->sample + (iy >> shift) * s.image->row + s.skipped;
     int64_t ix = x * stride - p.padding + s.x;
     for (int64_t r = 0; r < some; ++r, ix += stride, to += pitch) {
       if (inside && ix >= 0 && ix < width) {

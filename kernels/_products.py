@@ -116,7 +116,7 @@ def packed_size(columns: int, depth: int, dtype: torch.dtype, geglu: bool) -> in
     """Elements of a packed weight."""
     if dtype == torch.bfloat16:
         depth = -(-depth // _TILE) * _TILE
-    whole, rest = divmod(columns, _PANEL)
+    whole, rest = columns // _PANEL, columns % _PANEL  # divmod knows no symbolic sizes
     last = 0 if rest == 0 else _LANES if rest <= _LANES and not geglu else _PANEL
     return depth * (whole * _PANEL + last)
 

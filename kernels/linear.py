@@ -74,9 +74,7 @@ def linear(
     return out
 
 
-def pack_linear(
-    weight: Tensor, dtype: torch.dtype | None = None, *, geglu: bool = False
-) -> Tensor:
+def pack_linear(weight: Tensor, dtype: torch.dtype | None = None, *, geglu: bool = False) -> Tensor:
     """A weight packed for `linear_packed` or `conv2d_packed`.
 
     Args:
@@ -97,8 +95,9 @@ def pack_linear(
         raise TypeError(f"dtype: expected float32 or bfloat16, got {dtype}")
     if weight.dim() not in (2, 4) or weight.numel() == 0 or (geglu and weight.shape[0] % 2):
         even = ", N even for geglu" if geglu else ""
-        raise ValueError(f"weight: expected (N, K) or (N, C, height, width){even}, got "
-                         f"{tuple(weight.shape)}")
+        raise ValueError(
+            f"weight: expected (N, K) or (N, C, height, width){even}, got {tuple(weight.shape)}"
+        )
     out: Tensor = torch.ops.heatsink.pack_linear(weight.to(dtype), geglu)
     return out
 

@@ -29,7 +29,8 @@ def _activate(x: Array, activation: str) -> Array:
         "quick_gelu": 1.702 * x,
         "gelu_tanh": 2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3),
     }
-    return x if not activation else x / (1.0 + np.exp(-scale[activation]))
+    with np.errstate(over="ignore"):
+        return x if not activation else x / (1.0 + np.exp(-scale[activation]))
 
 
 def linear(
