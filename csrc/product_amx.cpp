@@ -20,6 +20,9 @@
 namespace heatsink {
 namespace {
 
+// What was written is in memory: GCC does not know that the instructions below read it.
+HEATSINK_INLINE void settle() { __asm__ volatile("" ::: "memory"); }
+
 // All eight tiles of 16 rows of 64 bytes, for as long as it lives.
 class Tiles {
  public:
@@ -29,6 +32,8 @@ class Tiles {
       config[16 + 2 * tile] = 64;
       config[48 + tile] = 16;
     }
+    // The compiler takes it for a pointer's size of memory, and drops the rest.
+    __asm__ volatile("" : : "r"(config) : "memory");
     _tile_loadconfig(config);
   }
   ~Tiles() { _tile_release(); }
@@ -38,6 +43,7 @@ class Tiles {
 template <int R, int V, typename Beside>
 HEATSINK_INLINE void tiles(const char* a, int64_t pitch, const char* b, int64_t depth, float* c,
                            bool first, Beside& aside) {
+  settle();
   constexpr int64_t kStep = kPanel * 4;
   float* below = c + kLanes * kPanel;
   if (first) {

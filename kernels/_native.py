@@ -63,9 +63,9 @@ def instruction_set() -> str:
     """What the products (linear, conv2d) and attention run on this processor.
 
     Returns:
-        `amx` (bfloat16 alone; float32 is avx512 there), `avx512`, `avx2` or `portable`, or `pytorch`
-        without the extension. Within C++ all give the same bits. `HEATSINK_CPU` in the environment
-        chooses another than the fastest.
+        `amx` (for bfloat16; what has no AMX of its own runs as with avx512), `avx512`, `avx2` or
+        `portable`, or `pytorch` without the extension. Within C++ all give the same bits.
+        `HEATSINK_CPU` in the environment chooses another than the fastest.
 
     Raises:
         ValueError: if `HEATSINK_CPU` names none that this processor has.

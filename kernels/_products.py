@@ -2,8 +2,8 @@
 
     out = act(product + bias + sample_add) + residual
 
-    activation   "", "silu", "gelu", "gelu_tanh", "quick_gelu" (x / (1 + exp(-1.702 x))), or "geglu":
-                 the weight's rows are values, then as many gates; value * gelu(gate)
+    activation   "", "silu", "gelu", "gelu_tanh", "quick_gelu" (x / (1 + exp(-1.702 x))), or
+                 "geglu": the weight's rows are values, then as many gates; value * gelu(gate)
 
 Packed weights are in the order in which the C++ kernels read them (`csrc/product_pack.cpp`), the
 same for every instruction set: panels of 32 rows of the weight, 16 if that is all there is, or with
@@ -94,14 +94,14 @@ def finish(
     elif activation == "quick_gelu":
         y = y * torch.sigmoid(1.702 * y)
     elif activation:
-        y = {"silu": F.silu, "gelu": F.gelu}[activation](y)
+        y = F.silu(y) if activation == "silu" else F.gelu(y)
     if residual is not None:
         y = y + residual.float()
     return y.to(dtype)
 
 
 def wide(x: Tensor) -> torch.dtype:
-    """The dtype that PyTorch's product is taken in: on the CPU fp32, for one rounding at the end."""
+    """The dtype that PyTorch's product is taken in: on the CPU fp32, to round once at the end."""
     return torch.float32 if x.device.type == "cpu" else x.dtype
 
 

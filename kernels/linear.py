@@ -1,7 +1,7 @@
 """A linear layer and what follows it, in one op: `act(x W^T + bias + sample_add) + residual`.
 
-Layouts: `x (..., K)`, `weight (N, K)` as PyTorch's, `sample_add (batch, N)` is added to every row of
-a sample. `kernels/_products.py` has the activations. fp32, bf16, and off the CPU fp16; sums and
+Layouts: `x (..., K)`, `weight (N, K)` as PyTorch's; `sample_add (batch, N)` is added to every row
+of a sample. `kernels/_products.py` has the activations. fp32, bf16, and off the CPU fp16; sums and
 epilogue are fp32 and the result is rounded once.
 
 CPU: C++ (AMX for bf16, AVX-512, AVX2 or plain), which packs the weight at every call; the `packed`
@@ -168,8 +168,8 @@ def _linear_packed_fake(
 _EPILOGUE = "Tensor? bias, Tensor? residual, Tensor? sample_add, str activation"
 torch.library.define("heatsink::linear", f"(Tensor x, Tensor weight, {_EPILOGUE}) -> Tensor")
 torch.library.define("heatsink::pack_linear", "(Tensor weight, bool geglu) -> Tensor")
-# For engines: `weight` packed, `scratch` of `scratch_bytes()`, rows of x, residual and out dense and
-# evenly spaced. Allocates nothing.
+# For engines: `weight` packed, `scratch` of `scratch_bytes()`, rows of x, residual and out dense
+# and evenly spaced. Allocates nothing.
 torch.library.define(
     "heatsink::linear_packed",
     f"(Tensor x, Tensor weight, {_EPILOGUE}, Tensor(a!) scratch, Tensor(b!) out) -> ()",

@@ -38,19 +38,16 @@ CASES = {
 
 
 def window(inputs: dict[str, Any]) -> tuple[int, int, int]:
-    return tuple(inputs.get(name, least) for name, least in WINDOW)  # type: ignore[return-value]
-
-
-WINDOW = (("stride", 1), ("padding", 0), ("upsample", 1))
+    return inputs.get("stride", 1), inputs.get("padding", 0), inputs.get("upsample", 1)
 
 
 def through_packed(x: Tensor, weight: Tensor, bias: Tensor | None = None, **rest: Any) -> Tensor:
     activation = rest.get("activation", "")
-    x, x2, residual = (
+    x2, residual = (
         None if y is None else y.contiguous(memory_format=torch.channels_last)
-        for y in (x, rest.get("x2"), rest.get("residual"))
+        for y in (rest.get("x2"), rest.get("residual"))
     )
-    assert x is not None
+    x = x.contiguous(memory_format=torch.channels_last)
     shape = module._shape(x, weight, *window(rest), activation)
     out = torch.empty(shape, dtype=x.dtype).contiguous(memory_format=torch.channels_last)
     torch.ops.heatsink.conv2d_packed(
@@ -142,7 +139,7 @@ def plain(
     elif activation == "gelu_tanh":
         y = F.gelu(y, approximate="tanh")
     elif activation:
-        y = {"silu": F.silu, "gelu": F.gelu}[activation](y)
+        y = F.silu(y) if activation == "silu" else F.gelu(y)
     return y if residual is None else y + residual
 
 
@@ -218,16 +215,17 @@ def test_no_images(run: Run) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck_and_compile(dtype: torch.dtype, seed: int) -> None:
     inputs = make("all at once", dtype, seed, "silu")
-    names = ("x", "x2", "weight", "bias", "residual", "sample_add")
-    names += ("stride", "padding", "upsample", "activation")
-    torch.library.opcheck(torch.ops.heatsink.conv2d.default, tuple(inputs[n] for n in names))
+    tensors = ("x", "x2", "weight", "bias", "residual", "sample_add")
+    numbers = ("stride", "padding", "upsample", "activation")
+    args = tuple(inputs[name] for name in (*tensors, *numbers))
+    torch.library.opcheck(torch.ops.heatsink.conv2d.default, args)
     compiled = torch.compile(conv2d, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(**inputs), conv2d(**inputs))
 
 
 def test_what_is_refused() -> None:
     x, weight = torch.ones(2, 3, 5, 5), torch.ones(6, 3, 3, 3)
-    with pytest.raises(TypeError, match="x2: expected torch.float32 like x"):
+    with pytest.raises(TypeError, match=r"x2: expected torch\.float32 like x"):
         conv2d(x, weight, x2=x.bfloat16())
     with pytest.raises(ValueError, match="x: expected four dimensions"):
         conv2d(x[0], weight)

@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def test_rows_are_exact(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "size,stride,upsample", [((8, 8), 1, 1), ((5, 7), 2, 2), ((2, 40), 1, 1)], ids=str
+    ("size", "stride", "upsample"), [((8, 8), 1, 1), ((5, 7), 2, 2), ((2, 40), 1, 1)], ids=str
 )
 def test_images_are_exact(
     size: tuple[int, int], stride: int, upsample: int, dtype: torch.dtype, seed: int, row_exact: Any
@@ -137,10 +138,10 @@ def test_threads_do_not_matter(seed: int) -> None:
                 normal(generator, dtype, rows, depth),
                 normal(generator, dtype, columns, depth),
             )
-            calls.append(lambda x=x, weight=weight: linear(x, weight, activation="gelu"))
+            calls.append(partial(linear, x, weight, activation="gelu"))
         image = images(generator, dtype, 2, 64, 24, 32)
         kernel = normal(generator, dtype, 70, 64, 3, 3)
-        calls.append(lambda x=image, weight=kernel: conv2d(x, weight, padding=1))
+        calls.append(partial(conv2d, image, kernel, padding=1))
     before = torch.get_num_threads()
     try:
         outs = []
@@ -239,7 +240,8 @@ def test_every_instruction_set_gives_the_same_bits(seed: int) -> None:
     expected = run_with("portable", seed)
     assert expected.returncode == 0, expected.stderr
     name, *digests = expected.stdout.split()
-    assert name == "portable" and len(digests) == 2 * (2 * 3 * 6 + 2 * 2)
+    assert name == "portable"
+    assert len(digests) == 2 * (2 * 3 * 6 + 2 * 2)
     for kernel, flag in (("avx2", "avx2"), ("avx512", "avx512vl"), ("amx", "amx_bf16")):
         found = run_with(kernel, seed)
         if flag in flags:
@@ -350,7 +352,7 @@ def test_the_packed_ops_refuse_what_they_cannot_read() -> None:
         op(x, weight, torch.ones(4), None, None, "", scratch, out)
     with pytest.raises(RuntimeError, match="sample_add: expected"):
         op(x, weight, None, None, torch.ones(6, 5), "", scratch, out)
-    with pytest.raises(RuntimeError, match="activation: expected .*got relu"):
+    with pytest.raises(RuntimeError, match=r"activation: expected .*got relu"):
         op(x, weight, None, None, None, "relu", scratch, out)
     image, kernel = torch.ones(1, 4, 3, 3), pack_linear(torch.ones(5, 4, 1, 1))
     result = torch.ones(1, 5, 3, 3).contiguous(memory_format=torch.channels_last)
