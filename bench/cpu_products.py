@@ -96,7 +96,7 @@ def _linear(shape: Shape, dtype: torch.dtype) -> dict[str, Call]:
     bias = torch.randn(shape.columns).to(dtype)
     out = torch.empty(shape.rows, shape.columns, dtype=dtype)
     packed, scratch = pack_linear(weight), torch.empty(scratch_bytes(), dtype=torch.uint8)
-    prepacked = torch.ops.mkldnn._reorder_linear_weight(weight.to_mkldnn(), shape.rows)
+    prepacked = torch.ops.mkldnn._reorder_linear_weight(weight, shape.rows)
     op, pointwise = torch.ops.heatsink.linear_packed, torch.ops.mkldnn._linear_pointwise
 
     def ours() -> Tensor:
