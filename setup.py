@@ -35,7 +35,7 @@ def notice(reason: str) -> None:
     print(
         f"heatsink: building without the C++ extension: {reason}. "
         "The PyTorch implementations are used instead: slower, with the same bits except in "
-        "attention.",
+        "attention, linear and conv2d.",
         file=sys.stderr,
     )
 

@@ -14,9 +14,10 @@
 namespace heatsink {
 namespace {
 
-// Products that are worth a thread.
+// Products that are worth a thread, and bytes of weights.
 constexpr int64_t kGrainFloat = 1 << 19;
 constexpr int64_t kGrainBfloat16 = 1 << 21;
+constexpr int64_t kGrainWeight = 1 << 19;
 constexpr int64_t kFloatRows = 224;  // rows that a task has at most in float32
 
 std::vector<Choice<ProductKernel>> kernels(bool bfloat16) {
@@ -88,8 +89,10 @@ void partition(Product& p, int64_t threads) {
 // Calls run_task(task, slot) for every task; a slot is used by one thread at a time.
 void run_tasks(Product& p, int64_t slots, char* scratch) {
   const int64_t grain = p.bfloat16 ? kGrainBfloat16 : kGrainFloat;
-  const int64_t products = p.rows * p.columns * p.depth;
-  int64_t threads = std::max<int64_t>(1, std::min(slots, products / grain));
+  const int64_t weights = p.columns * p.depth;
+  const int64_t worth =
+      std::max(p.rows * weights / grain, weights * (p.bfloat16 ? 2 : 4) / kGrainWeight);
+  int64_t threads = std::max<int64_t>(1, std::min(slots, worth));
   partition(p, threads);
   const int64_t count = tasks(p);
   threads = std::min(threads, count);

@@ -2,7 +2,8 @@
 
 Importing the extension gives this package's ops their C++ implementation on the CPU. Without it, or
 with `HEATSINK_NO_EXT=1` in the environment, the same ops run their PyTorch implementation. It gives
-the same bits, but for attention, which then is PyTorch's own: within its error, in other bits.
+the same bits, but for attention, linear and conv2d, which then are PyTorch's own: within its error,
+in other bits.
 """
 
 from __future__ import annotations
