@@ -35,7 +35,7 @@ def notice(reason: str) -> None:
     print(
         f"heatsink: building without the C++ extension: {reason}. "
         "The PyTorch implementations are used instead: slower, with the same bits except in "
-        "attention, lora_merge and lora_rows.",
+        "attention, linear, conv2d, lora_merge and lora_rows.",
         file=sys.stderr,
     )
 

@@ -19,11 +19,13 @@ from heatsink.kernels._cache import use_cache
 if TYPE_CHECKING:
     from heatsink.kernels.attention import attention
     from heatsink.kernels.attention_fp8 import attention_fp8
+    from heatsink.kernels.conv2d import conv2d
     from heatsink.kernels.fingerprint import fingerprint
     from heatsink.kernels.geglu import geglu
     from heatsink.kernels.group_norm_silu import group_norm_silu
     from heatsink.kernels.guided_step import guided_step
     from heatsink.kernels.layer_norm import layer_norm
+    from heatsink.kernels.linear import linear
     from heatsink.kernels.lora_merge import lora_merge
     from heatsink.kernels.lora_rows import lora_rows
     from heatsink.kernels.noise import normal
@@ -34,11 +36,13 @@ if TYPE_CHECKING:
 __all__ = [
     "attention",
     "attention_fp8",
+    "conv2d",
     "fingerprint",
     "geglu",
     "group_norm_silu",
     "guided_step",
     "layer_norm",
+    "linear",
     "load",
     "lora_merge",
     "lora_rows",

@@ -2,8 +2,8 @@
 
 Importing the extension gives this package's ops their C++ implementation on the CPU. Without it, or
 with `HEATSINK_NO_EXT=1` in the environment, the same ops run their PyTorch implementation. It gives
-the same bits, but for attention and lora_merge, whose products then are PyTorch's own, and
-lora_rows: within the same error, in other bits.
+the same bits, but for attention, lora_merge, linear and conv2d, whose products then are PyTorch's
+own, and lora_rows: within the same error, in other bits.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import warnings
 
 import torch  # noqa: F401 - the extension's own libraries, which must be there first
 
-INTERFACE = 2
+INTERFACE = 3
 
 
 @functools.cache
@@ -58,3 +58,20 @@ def describe() -> str:
     """One line for logs and reports: which implementation the CPU ops run."""
     reason = load()
     return f"PyTorch ({reason})" if reason else "C++ (heatsink._C)"
+
+
+def instruction_set() -> str:
+    """What the products (linear, conv2d) and attention run on this processor.
+
+    Returns:
+        `amx` (for bfloat16; what has no AMX of its own runs as with avx512), `avx512`, `avx2` or
+        `portable`, or `pytorch` without the extension. Within C++ all give the same bits.
+        `HEATSINK_CPU` in the environment chooses another than the fastest.
+
+    Raises:
+        ValueError: if `HEATSINK_CPU` names none that this processor has.
+    """
+    if not available():
+        return "pytorch"
+    name: str = importlib.import_module("heatsink._C").instruction_set()
+    return name

@@ -29,6 +29,10 @@ from heatsink.kernels.reference.norms import (
 from heatsink.kernels.reference.positions import (
     rotary,
 )
+from heatsink.kernels.reference.products import (
+    conv2d,
+    linear,
+)
 from heatsink.kernels.reference.steps import (
     guided_step,
 )
@@ -36,12 +40,14 @@ from heatsink.kernels.reference.steps import (
 __all__ = [
     "FINGERPRINT_FORMATS",
     "attention",
+    "conv2d",
     "fingerprint_key",
     "fingerprint_row",
     "geglu",
     "group_norm_silu",
     "guided_step",
     "layer_norm",
+    "linear",
     "lora_merge",
     "lora_rows",
     "noise_word",
