@@ -1,0 +1,1 @@
+"""Graphs as programs: static buffers in one planned arena, replayed without work per node."""

@@ -1,0 +1,152 @@
+"""Programs: the graph's own results bit by bit, from static buffers, again and again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from heatsink.runtime.graph.capture import capture_module
+from heatsink.runtime.graph.graph import Graph, TensorSpec
+from heatsink.runtime.memory import plan
+from heatsink.runtime.native.layout import lay_out
+from heatsink.runtime.native.program import Arena, Program
+
+
+class Net(nn.Module):
+    """Convolutions, normalisation, a view, a cut, a product that no pass knows, and a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(4, 8, 3, padding=1)
+        self.norm = nn.GroupNorm(2, 8)
+        self.out = nn.Linear(8, 6)
+
+    def forward(self, x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+        steps = torch.exp(torch.arange(0, 8, device=x.device, dtype=x.dtype) * -0.5)
+        h = self.norm(self.first(x)) + (t[:, None] * steps[None])[:, :, None, None]
+        tokens = h.flatten(2).transpose(1, 2)
+        left, right = self.out(tokens).chunk(2, dim=-1)
+        return torch.cumsum(left * nn.functional.gelu(right), dim=1), torch.cat([left, right], 1)
+
+
+def _graph() -> Graph:
+    torch.manual_seed(5)
+    net = Net()
+    specs = {
+        "x": TensorSpec(("batch", 4, 6, 5), torch.float32),
+        "t": TensorSpec(("batch",), torch.float32),
+    }
+    weights = net.state_dict()
+    return capture_module("net", Net().to("meta"), weights, {}, specs, ("sums", "both"))
+
+
+@pytest.fixture(scope="module")
+def graph() -> Graph:
+    return _graph()
+
+
+def _weights(graph: Graph) -> dict[str, Tensor]:
+    return {name: weight.load() for name, weight in graph.weights.items()}
+
+
+def _inputs(rows: int, seed: int) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return {
+        "x": torch.randn(rows, 4, 6, 5, generator=draw),
+        "t": torch.rand(rows, generator=draw),
+    }
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_replays_give_the_graphs_own_bits(graph: Graph, rows: int) -> None:
+    program = Program(graph, rows, _weights(graph))
+    for seed in range(3):
+        given = _inputs(rows, seed)
+        found = program.run(given)
+        for name, value in graph.run(given).items():
+            assert torch.equal(found[name], value)
+
+
+def test_every_value_is_written_before_it_is_read(graph: Graph) -> None:
+    layout = lay_out(graph, 2)
+    memory = plan(layout.lifetimes)
+    arena = Arena(memory.peak, torch.device("cpu"))
+    program = Program(graph, 2, _weights(graph), layout=layout, memory=memory, arena=arena)
+    given = _inputs(2, 1)
+    wanted = {name: value.clone() for name, value in program.run(given).items()}
+    # All bytes set: NaN in every float dtype.
+    with torch.inference_mode():
+        arena.memory.fill_(255)
+    for name, value in program.run(given).items():
+        assert torch.equal(value, wanted[name])
+
+
+def test_inputs_stay_for_the_next_replay(graph: Graph) -> None:
+    program = Program(graph, 2, _weights(graph))
+    given = _inputs(2, 1)
+    wanted = {name: value.clone() for name, value in program.run(given).items()}
+    for _ in range(2):
+        program.replay()
+        assert all(torch.equal(program.outputs[name], value) for name, value in wanted.items())
+        assert all(torch.equal(program.inputs[name], value) for name, value in given.items())
+
+
+def test_programs_of_several_batch_sizes_share_an_arena(graph: Graph) -> None:
+    layouts = {rows: lay_out(graph, rows) for rows in (4, 1)}
+    plans = {rows: plan(layout.lifetimes) for rows, layout in layouts.items()}
+    arena = Arena(max(p.peak for p in plans.values()), torch.device("cpu"))
+    weights = _weights(graph)
+    programs = {
+        rows: Program(graph, rows, weights, layout=layouts[rows], memory=plans[rows], arena=arena)
+        for rows in layouts
+    }
+    for rows in (4, 1, 4):
+        given = _inputs(rows, rows)
+        found = programs[rows].run(given)
+        for name, value in graph.run(given).items():
+            assert torch.equal(found[name], value)
+
+
+def test_what_no_kernel_writes_in_place_is_listed(graph: Graph) -> None:
+    program = Program(graph, 2, _weights(graph))
+    names = [name for name, _ in program.unplanned]
+    assert "aten.cumsum.default" in names
+    assert "aten.add.Tensor" not in names
+    assert ("aten.linear.default", "out") in program.unplanned
+
+
+def test_constants_and_views_are_no_work(graph: Graph) -> None:
+    program = Program(graph, 2, _weights(graph))
+    # conv, norm, mul, add, linear, gelu, mul, cumsum, cat; no arange, exp, chunk, transpose.
+    assert program.launches == 9
+
+
+def test_the_plan_is_near_its_lower_bound(graphs: Callable[[str], Graph]) -> None:
+    for name in ("unet", "vae_decoder"):
+        memory = plan(lay_out(graphs(name), 4).lifetimes)
+        assert memory.peak <= 1.1 * memory.lower_bound
+
+
+def test_a_planned_program_allocates_nothing(capture_net: Callable[..., Graph]) -> None:
+    class Elementwise(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            return (torch.nn.functional.silu(x * 2.0 + x).sigmoid(),)
+
+    graph = capture_net(Elementwise(), 64)
+    program = Program(graph, 8, {})
+    assert program.unplanned == []
+    assert _allocations(program.replay) == 0
+    # The count can see one.
+    assert _allocations(lambda: torch.zeros(100)) > 0
+
+
+def _allocations(call: Callable[[], Any]) -> int:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    call()
+    with torch.profiler.profile(activities=activities, profile_memory=True) as found:
+        call()
+    return sum(event.self_cpu_memory_usage > 0 for event in found.events())
