@@ -2,7 +2,7 @@
 
 // Changes whenever an op's schema or meaning does; kernels/_native.py refuses any other number, so
 // that an extension left over from an older checkout is never used.
-#define HEATSINK_INTERFACE 2
+#define HEATSINK_INTERFACE 3
 
 // A function marked so is compiled for the baseline, AVX2 and AVX-512 and chosen when the library
 // is loaded. Bits cannot differ: the code is integer or plain IEEE, and contraction is off.
@@ -13,3 +13,10 @@
 #endif
 
 #define HEATSINK_INLINE inline __attribute__((always_inline))
+
+// Before a loop whose rounds touch nothing in common, though pointers may be the same.
+#if defined(__GNUC__) && !defined(__clang__)
+#define HEATSINK_INDEPENDENT _Pragma("GCC ivdep")
+#else
+#define HEATSINK_INDEPENDENT
+#endif

@@ -15,7 +15,7 @@ import warnings
 
 import torch  # noqa: F401 - the extension's own libraries, which must be there first
 
-INTERFACE = 2
+INTERFACE = 3
 
 
 @functools.cache
