@@ -75,26 +75,26 @@ class Out:
             by_torch: the op in PyTorch operations.
             by_triton: the op with an argument `out` more, which may be None.
         """
-
-        def default(*given: Any) -> None:
-            self._check(*given)
-            self._check_memory(*given)
-            given[-1].copy_(by_torch(*given[:-1]))
-
-        def cuda(*given: Any) -> None:
-            self._check(*given)
-            self._check_memory(*given)
-            out = given[-1]
-            if self.whole(out):
-                by_triton(*given)
-            else:
-                out.copy_(by_triton(*given[:-1], None))
-
         op = f"heatsink::{self.name}_out"
         torch.library.define(op, self.schema.replace(") -> Tensor", ", Tensor(a!) out) -> ()"))
-        torch.library.impl(op, "default", default)
-        torch.library.impl(op, "cuda", cuda)
+        torch.library.impl(op, "default", lambda *given: self.copied(by_torch, *given))
+        torch.library.impl(op, "cuda", lambda *given: self.launched(by_triton, *given))
         torch.library.register_fake(op, self._check)
+
+    def copied(self, by_torch: Callable[..., Tensor], *given: Any) -> None:
+        """`out`, which comes last, by the op in PyTorch operations."""
+        self._check(*given)
+        self._check_memory(*given)
+        given[-1].copy_(by_torch(*given[:-1]))
+
+    def launched(self, by_triton: Callable[..., Tensor], *given: Any) -> None:
+        """`out`, which comes last, by launches that write to it where they can."""
+        self._check(*given)
+        self._check_memory(*given)
+        if self.whole(given[-1]):
+            by_triton(*given)
+        else:
+            given[-1].copy_(by_triton(*given[:-1], None))
 
     def __call__(self, *given: Any) -> Tensor:
         """Check `out`, which comes last, write it and return it."""

@@ -85,6 +85,11 @@ class Program:
         """Calls of a replay."""
         return self._calls.count
 
+    @property
+    def recorded(self) -> int:
+        """How many of them are made without Python."""
+        return self._calls.recorded
+
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copy the inputs in, replay, and return the outputs' static tensors."""
         with torch.inference_mode():
