@@ -162,7 +162,7 @@ void attention_out(Tensor q, Tensor k, Tensor v, double scale, bool causal,
   a.k = operand(k);
   a.v = operand(v);
   a.bias = bias_operand(bias, a, q.scalar_type());
-  check_out(out, q, a.channels);
+  check_out(out, q);
   check_apart(out, q, "q");
   check_apart(out, k, "k");
   check_apart(out, v, "v");

@@ -98,16 +98,12 @@ void each_row(Row row, const Rows& first, const Rows& second, int64_t offset, co
   });
 }
 
-// `out` may be gate or up itself.
-void silu_mul_out(Tensor gate, Tensor up, Tensor out) {
+void gate_with_silu(const Tensor& gate, const Tensor& up, Tensor& out) {
   const Row row =
       choose(gate.scalar_type(), "gate", half_row<silu_float>, silu_bfloat16, silu_float);
   STD_TORCH_CHECK(gate.dim() >= 1 && up.dim() == gate.dim() && up.numel() == gate.numel() &&
                       up.scalar_type() == gate.scalar_type(),
                   "up: expected shape and dtype like gate");
-  check_out(out, gate, gate.size(gate.dim() - 1));
-  check_in_place_or_apart(out, gate, "gate");
-  check_in_place_or_apart(out, up, "up");
   if (out.numel() == 0) {
     return;
   }
@@ -117,17 +113,23 @@ void silu_mul_out(Tensor gate, Tensor up, Tensor out) {
 
 Tensor silu_mul(Tensor gate, Tensor up) {
   Tensor out = empty_rows(gate);
-  silu_mul_out(gate, up, out);
+  gate_with_silu(gate, up, out);
   return out;
 }
 
-// x: (..., 2 W), hidden then gate; out: (..., W), which may be where hidden is.
-void geglu_out(Tensor x, Tensor out) {
+// `out` may be gate or up itself.
+void silu_mul_out(Tensor gate, Tensor up, Tensor out) {
+  check_out(out, gate);
+  check_in_place_or_apart(out, gate, "gate");
+  check_in_place_or_apart(out, up, "up");
+  gate_with_silu(gate, up, out);
+}
+
+// x: (..., 2 W), hidden then gate; out: (..., W).
+void gate_with_gelu(const Tensor& x, Tensor& out) {
   const Row row = choose(x.scalar_type(), "x", half_row<geglu_float>, geglu_bfloat16, geglu_float);
   STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) % 2 == 0, "x: expected (..., 2 W)");
   const int64_t width = x.size(x.dim() - 1) / 2;
-  check_out(out, x, width);
-  check_in_place_or_apart(out, x, "x");
   if (out.numel() == 0) {
     return;
   }
@@ -138,8 +140,15 @@ void geglu_out(Tensor x, Tensor out) {
 
 Tensor geglu(Tensor x) {
   Tensor out = empty_rows(x, x.dim() == 0 ? 1 : x.size(x.dim() - 1) / 2);
-  geglu_out(x, out);
+  gate_with_gelu(x, out);
   return out;
+}
+
+// `out` may be where hidden is.
+void geglu_out(Tensor x, Tensor out) {
+  check_out(out, x, 2);
+  check_in_place_or_apart(out, x, "x");
+  gate_with_gelu(x, out);
 }
 
 }  // namespace

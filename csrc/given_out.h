@@ -62,12 +62,12 @@ inline bool apart(const Tensor& x) {
   return true;
 }
 
-// Raises unless `out` is memory for a result of x's shape, but for the last dimension, and dtype.
-inline void check_out(const Tensor& out, const Tensor& x, int64_t width) {
+// Raises unless `out` is memory for a result of x's dtype and shape, its last dimension divided.
+inline void check_out(const Tensor& out, const Tensor& x, int64_t divisor = 1) {
   STD_TORCH_CHECK(out.is_cpu() && out.scalar_type() == x.scalar_type() && out.dim() == x.dim(),
                   "out: expected the result's dtype, device and number of dimensions");
   for (int64_t d = 0; d < x.dim(); ++d) {
-    const int64_t expected = d == x.dim() - 1 ? width : x.size(d);
+    const int64_t expected = d == x.dim() - 1 ? x.size(d) / divisor : x.size(d);
     STD_TORCH_CHECK(out.size(d) == expected, "out: expected size ", expected, " in dimension ", d,
                     ", got ", out.size(d));
   }

@@ -261,21 +261,20 @@ Pixels pixels_of_out(Tensor& out) {
   return pixels_of(out, out.mutable_data_ptr(), out.stride(0), step);
 }
 
-// x: (N, C, ...) in any strides. `out`, with channels innermost in memory, may be x itself.
-void group_norm_silu_out(Tensor x, int64_t groups, std::optional<Tensor> weight,
-                         std::optional<Tensor> bias, double eps, std::optional<Tensor> scale,
-                         std::optional<Tensor> shift, bool silu, Tensor out) {
-  check_float(x, "x");
+using Given = std::optional<Tensor>;
+
+void check_dims(const Tensor& x) {
   STD_TORCH_CHECK(x.dim() >= 3, "x: expected (N, C, ...), got ", x.dim(), " dimensions");
+}
+
+// x: (N, C, ...) in any strides.
+void normalise(const Tensor& x, int64_t groups, const Given& weight, const Given& bias, double eps,
+               const Given& scale, const Given& shift, bool silu, Tensor& out) {
+  check_float(x, "x");
+  check_dims(x);
   const int64_t channels = x.size(1);
   STD_TORCH_CHECK(groups > 0 && channels % groups == 0, "groups: expected a divisor of ", channels,
                   ", got ", groups);
-  check_out(out, x, x.size(x.dim() - 1));
-  check_in_place_or_apart(out, x, "x");
-  check_apart(out, weight, "weight");
-  check_apart(out, bias, "bias");
-  check_apart(out, scale, "scale");
-  check_apart(out, shift, "shift");
   if (x.numel() == 0) {
     return;
   }
@@ -292,13 +291,24 @@ void group_norm_silu_out(Tensor x, int64_t groups, std::optional<Tensor> weight,
 }
 
 // Returns the same shape with channels innermost in memory.
-Tensor group_norm_silu(Tensor x, int64_t groups, std::optional<Tensor> weight,
-                       std::optional<Tensor> bias, double eps, std::optional<Tensor> scale,
-                       std::optional<Tensor> shift, bool silu) {
-  STD_TORCH_CHECK(x.dim() >= 3, "x: expected (N, C, ...), got ", x.dim(), " dimensions");
+Tensor group_norm_silu(Tensor x, int64_t groups, Given weight, Given bias, double eps, Given scale,
+                       Given shift, bool silu) {
+  check_dims(x);
   Tensor out = empty_channels_last(x);
-  group_norm_silu_out(x, groups, weight, bias, eps, scale, shift, silu, out);
+  normalise(x, groups, weight, bias, eps, scale, shift, silu, out);
   return out;
+}
+
+// `out`, with channels innermost in memory, may be x itself.
+void group_norm_silu_out(Tensor x, int64_t groups, Given weight, Given bias, double eps,
+                         Given scale, Given shift, bool silu, Tensor out) {
+  check_out(out, x);
+  check_in_place_or_apart(out, x, "x");
+  check_apart(out, weight, "weight");
+  check_apart(out, bias, "bias");
+  check_apart(out, scale, "scale");
+  check_apart(out, shift, "shift");
+  normalise(x, groups, weight, bias, eps, scale, shift, silu, out);
 }
 
 }  // namespace

@@ -53,21 +53,17 @@ HEATSINK_CLONES void layer_norm_row(const float* x, int64_t width, double eps, c
   }
 }
 
-// x: (N, ..., C) in any strides; weight, bias: (C,); scale, shift: (N, C). `out` may be x itself.
-void layer_norm_out(Tensor x, std::optional<Tensor> weight, std::optional<Tensor> bias, double eps,
-                    std::optional<Tensor> scale, std::optional<Tensor> shift, Tensor out) {
+using Given = std::optional<Tensor>;
+
+// x: (N, ..., C) in any strides; weight, bias: (C,); scale, shift: (N, C).
+void normalise(const Tensor& x, const Given& weight, const Given& bias, double eps,
+               const Given& scale, const Given& shift, Tensor& out) {
   check_float(x, "x");
   STD_TORCH_CHECK(x.dim() >= 1, "x: expected (..., C), got no dimensions");
-  const int64_t width = x.size(x.dim() - 1);
-  check_out(out, x, width);
-  check_in_place_or_apart(out, x, "x");
-  check_apart(out, weight, "weight");
-  check_apart(out, bias, "bias");
-  check_apart(out, scale, "scale");
-  check_apart(out, shift, "shift");
   if (x.numel() == 0) {
     return;
   }
+  const int64_t width = x.size(x.dim() - 1);
   const int64_t of_sample = x.numel() / (width * x.size(0));
   const Parameter weights(weight, x, width, 0), biases(bias, x, width, 1);
   const Parameter scales(scale, x, width, 2), shifts(shift, x, width, 3);
@@ -81,11 +77,22 @@ void layer_norm_out(Tensor x, std::optional<Tensor> weight, std::optional<Tensor
 }
 
 // Returns contiguous.
-Tensor layer_norm(Tensor x, std::optional<Tensor> weight, std::optional<Tensor> bias, double eps,
-                  std::optional<Tensor> scale, std::optional<Tensor> shift) {
+Tensor layer_norm(Tensor x, Given weight, Given bias, double eps, Given scale, Given shift) {
   Tensor out = empty_rows(x);
-  layer_norm_out(x, weight, bias, eps, scale, shift, out);
+  normalise(x, weight, bias, eps, scale, shift, out);
   return out;
+}
+
+// `out` may be x itself.
+void layer_norm_out(Tensor x, Given weight, Given bias, double eps, Given scale, Given shift,
+                    Tensor out) {
+  check_out(out, x);
+  check_in_place_or_apart(out, x, "x");
+  check_apart(out, weight, "weight");
+  check_apart(out, bias, "bias");
+  check_apart(out, scale, "scale");
+  check_apart(out, shift, "shift");
+  normalise(x, weight, bias, eps, scale, shift, out);
 }
 
 }  // namespace

@@ -28,17 +28,14 @@ HEATSINK_CLONES void rms_norm_row(const float* x, int64_t width, double eps,
   }
 }
 
-// x: (..., C) in any strides; weight: (C,). `out` may be x itself.
-void rms_norm_out(Tensor x, std::optional<Tensor> weight, double eps, Tensor out) {
+// x: (..., C) in any strides; weight: (C,).
+void normalise(const Tensor& x, const std::optional<Tensor>& weight, double eps, Tensor& out) {
   check_float(x, "x");
   STD_TORCH_CHECK(x.dim() >= 1, "x: expected (..., C), got no dimensions");
-  const int64_t width = x.size(x.dim() - 1);
-  check_out(out, x, width);
-  check_in_place_or_apart(out, x, "x");
-  check_apart(out, weight, "weight");
   if (x.numel() == 0) {
     return;
   }
+  const int64_t width = x.size(x.dim() - 1);
   const Parameter weights(weight, x, width, 0);
   const Rows to = rows_of_out(out);
   for_each_row(rows_of(x), to, x.scalar_type(), [&](int64_t, const float* values, float* results) {
@@ -49,8 +46,16 @@ void rms_norm_out(Tensor x, std::optional<Tensor> weight, double eps, Tensor out
 // Returns contiguous.
 Tensor rms_norm(Tensor x, std::optional<Tensor> weight, double eps) {
   Tensor out = empty_rows(x);
-  rms_norm_out(x, weight, eps, out);
+  normalise(x, weight, eps, out);
   return out;
+}
+
+// `out` may be x itself.
+void rms_norm_out(Tensor x, std::optional<Tensor> weight, double eps, Tensor out) {
+  check_out(out, x);
+  check_in_place_or_apart(out, x, "x");
+  check_apart(out, weight, "weight");
+  normalise(x, weight, eps, out);
 }
 
 }  // namespace
