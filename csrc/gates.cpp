@@ -146,7 +146,7 @@ Tensor geglu(Tensor x) {
 
 // `out` may be where hidden is.
 void geglu_out(Tensor x, Tensor out) {
-  check_out(out, x, 2);
+  check_out(out, x, "out", 2);
   check_in_place_or_apart(out, x, "x");
   gate_with_gelu(x, out);
 }

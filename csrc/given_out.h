@@ -63,31 +63,35 @@ inline bool apart(const Tensor& x) {
 }
 
 // Raises unless `out` is memory for a result of x's dtype and shape, its last dimension divided.
-inline void check_out(const Tensor& out, const Tensor& x, int64_t divisor = 1) {
+// Here and below, `name` is the argument that is given memory.
+inline void check_out(const Tensor& out, const Tensor& x, const char* name = "out",
+                      int64_t divisor = 1) {
   STD_TORCH_CHECK(out.is_cpu() && out.scalar_type() == x.scalar_type() && out.dim() == x.dim(),
-                  "out: expected the result's dtype, device and number of dimensions");
+                  name, ": expected the result's dtype, device and number of dimensions");
   for (int64_t d = 0; d < x.dim(); ++d) {
     const int64_t expected = d == x.dim() - 1 ? x.size(d) / divisor : x.size(d);
-    STD_TORCH_CHECK(out.size(d) == expected, "out: expected size ", expected, " in dimension ", d,
-                    ", got ", out.size(d));
+    STD_TORCH_CHECK(out.size(d) == expected, name, ": expected size ", expected, " in dimension ",
+                    d, ", got ", out.size(d));
   }
-  STD_TORCH_CHECK(out.numel() == 0 || apart(out), "out: expected no two elements at one place");
+  STD_TORCH_CHECK(out.numel() == 0 || apart(out), name, ": expected no two elements at one place");
 }
 
-inline void check_apart(const Tensor& out, const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(!meets(out, x), "out: expected memory apart from that of ", name);
+inline void check_apart(const Tensor& out, const Tensor& x, const char* other,
+                        const char* name = "out") {
+  STD_TORCH_CHECK(!meets(out, x), name, ": expected memory apart from that of ", other);
 }
 
-inline void check_apart(const Tensor& out, const std::optional<Tensor>& x, const char* name) {
+inline void check_apart(const Tensor& out, const std::optional<Tensor>& x, const char* other) {
   if (x.has_value()) {
-    check_apart(out, *x, name);
+    check_apart(out, *x, other);
   }
 }
 
 // For an op that reads each element of x before it writes the one at its place, and not after.
-inline void check_in_place_or_apart(const Tensor& out, const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(same_place(out, x) || !meets(out, x), "out: expected memory apart from that of ",
-                  name, ", or exactly its own");
+inline void check_in_place_or_apart(const Tensor& out, const Tensor& x, const char* other,
+                                    const char* name = "out") {
+  STD_TORCH_CHECK(same_place(out, x) || !meets(out, x), name,
+                  ": expected memory apart from that of ", other, ", or exactly its own");
 }
 
 }  // namespace

@@ -84,13 +84,13 @@ class Out:
     def copied(self, by_torch: Callable[..., Tensor], *given: Any) -> None:
         """`out`, which comes last, by the op in PyTorch operations."""
         self._check(*given)
-        self._check_memory(*given)
+        check_memory("out", given[-1], given[:-1], self.in_place)
         given[-1].copy_(by_torch(*given[:-1]))
 
     def launched(self, by_triton: Callable[..., Tensor], *given: Any) -> None:
         """`out`, which comes last, by launches that write to it where they can."""
         self._check(*given)
-        self._check_memory(*given)
+        check_memory("out", given[-1], given[:-1], self.in_place)
         if self.whole(given[-1]):
             by_triton(*given)
         else:
@@ -119,13 +119,21 @@ class Out:
                 f"out: expected dense rows at one distance, got strides {out.stride()}"
             )
 
-    def _check_memory(self, *given: Any) -> None:
-        *args, out = given
-        for place, x in enumerate(args):
-            if not isinstance(x, Tensor) or not _meet(out, x):
-                continue
-            if place >= self.in_place or not _same_place(out, x):
-                raise ValueError("out: expected memory apart from that of the arguments")
+
+def check_memory(name: str, out: Tensor, args: Sequence[Any], in_place: int) -> None:
+    """Raise ValueError if a result's memory is also an argument's.
+
+    Args:
+        name: the result's.
+        out: the result.
+        args: the arguments; only tensors matter.
+        in_place: on how many of the first `out` may lie exactly.
+    """
+    for place, x in enumerate(args):
+        if not isinstance(x, Tensor) or not _meet(out, x):
+            continue
+        if place >= in_place or not _same_place(out, x):
+            raise ValueError(f"{name}: expected memory apart from that of the arguments")
 
 
 def _meet(x: Tensor, y: Tensor) -> bool:
