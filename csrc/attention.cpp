@@ -7,9 +7,14 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cstdlib>
+#include <cstring>
 #include <optional>
 
+#include "float_tensor.h"
+#include "given_out.h"
 #include "instructions.h"
+#include "recorder.h"
 #include "scratch.h"
 
 namespace {
@@ -67,6 +72,18 @@ Operand bias_operand(const std::optional<Tensor>& bias, const Attention& a, Scal
   return {bias->const_data_ptr(), strides[0], strides[2], strides[1], strides[3]};
 }
 
+// What a query that sees no key gets.
+void fill_zeros(const Attention& a) {
+  const int64_t bytes = a.element == Element::Float ? 4 : 2;
+  for (int64_t row = 0; row < a.batch * a.queries * a.heads; ++row) {
+    const int64_t token = row / a.heads;
+    const int64_t place = token / a.queries * a.out_batch + token % a.queries * a.out_token +
+                          row % a.heads * a.out_head;
+    std::memset(static_cast<char*>(a.out) + place * bytes, 0,
+                static_cast<size_t>(a.channels * bytes));
+  }
+}
+
 int64_t count_tasks(const Attention& a) {
   return a.batch * a.heads * ((a.queries + a.chunk - 1) / a.chunk);
 }
@@ -82,10 +99,10 @@ int64_t choose_chunk(Attention a) {
   return a.chunk;
 }
 
-// q: (batch, queries, heads, channels); k, v: (batch, keys, heads, channels); any strides. Returns
-// a contiguous tensor like q.
-Tensor attention(Tensor q, Tensor k, Tensor v, double scale, bool causal,
-                 std::optional<Tensor> bias) {
+// q: (batch, queries, heads, channels); k, v: (batch, keys, heads, channels); any strides. `out` is
+// like q, its channels dense.
+void attention_out(Tensor q, Tensor k, Tensor v, double scale, bool causal,
+                   std::optional<Tensor> bias, Tensor out) {
   STD_TORCH_CHECK(q.dim() == 4 && q.is_cpu(), "q: expected (batch, queries, heads, channels)");
   STD_TORCH_CHECK(k.dim() == 4, "k: expected (batch, keys, heads, channels)");
   Attention a{};
@@ -103,14 +120,23 @@ Tensor attention(Tensor q, Tensor k, Tensor v, double scale, bool causal,
   a.k = operand(k);
   a.v = operand(v);
   a.bias = bias_operand(bias, a, q.scalar_type());
-  Tensor out = torch::stable::new_empty(q, {a.batch, a.queries, a.heads, a.channels});
-  if (a.batch * a.queries * a.heads * a.channels == 0) {
-    return out;
-  }
-  if (a.keys == 0) {
-    return torch::stable::zero_(out);
+  check_out(out, q);
+  check_apart(out, q, "q");
+  check_apart(out, k, "k");
+  check_apart(out, v, "v");
+  check_apart(out, bias, "bias");
+  STD_TORCH_CHECK(a.channels <= 1 || out.stride(3) == 1, "out: expected dense channels");
+  if (out.numel() == 0) {
+    return;
   }
   a.out = out.mutable_data_ptr();
+  a.out_batch = out.stride(0);
+  a.out_token = out.stride(1);
+  a.out_head = out.stride(2);
+  if (a.keys == 0) {
+    fill_zeros(a);
+    return;
+  }
   a.chunk = choose_chunk(a);
 
   static const AttentionKernel kernel = HEATSINK_CHOOSE(attention);
@@ -120,9 +146,19 @@ Tensor attention(Tensor q, Tensor k, Tensor v, double scale, bool causal,
   torch::stable::parallel_for(0, count_tasks(a), grain, [&](int64_t begin, int64_t end) {
     kernel(a, begin, end, heatsink::thread_scratch(floats));
   });
+}
+
+// Returns a contiguous tensor like q.
+Tensor attention(Tensor q, Tensor k, Tensor v, double scale, bool causal,
+                 std::optional<Tensor> bias) {
+  Tensor out = empty_rows(q);
+  attention_out(q, k, v, scale, causal, bias, out);
   return out;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(heatsink, CPU, m) { m.impl("attention", TORCH_BOX(&attention)); }
+STABLE_TORCH_LIBRARY_IMPL(heatsink, CPU, m) {
+  m.impl("attention", TORCH_BOX(&attention));
+  m.impl("attention_out", HEATSINK_RECORDABLE(attention_out));
+}

@@ -16,8 +16,9 @@ struct Operand {
 // One call of heatsink::attention. A task is `chunk` queries of one head of one sample; tasks are
 // numbered with the chunk innermost, then the head, then the sample.
 struct Attention {
-  Operand q, k, v, bias;  // bias.data may be null
-  void* out;              // (batch, queries, heads, channels), contiguous
+  Operand q, k, v, bias;                   // bias.data may be null
+  void* out;                               // (batch, queries, heads, channels), channels dense
+  int64_t out_batch, out_token, out_head;  // strides in elements
   Element element;
   int64_t batch, queries, keys, heads, channels;
   int64_t chunk;

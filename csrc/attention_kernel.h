@@ -330,7 +330,7 @@ struct Task {
 
   void end() {
     const int64_t channels = a.channels;
-    const int64_t pitch = a.heads * channels;
+    const int64_t pitch = a.out_token;
     for (int64_t g = 0; g < groups(); ++g) {
       const V sum = I::load(s.sum + g * kLanes);
       const V zero = I::splat(0.0f);
@@ -338,7 +338,7 @@ struct Task {
       const V factor = I::where_equal(sum, zero, zero, I::div(I::splat(1.0f), sum));
       const float* columns = s.out + g * s.pitch * kLanes;
       const int64_t row = first + g * kLanes;
-      const int64_t place = ((sample * a.queries + row) * a.heads + head) * channels;
+      const int64_t place = sample * a.out_batch + row * pitch + head * a.out_head;
       char* out = static_cast<char*>(a.out) + place * size_of(a.element);
       const int64_t rows = smaller(kLanes, queries - g * kLanes);
       if (a.element == Element::Float && channels % 4 == 0 && rows == kLanes) {

@@ -6,6 +6,7 @@
 
 #include "float_tensor.h"
 #include "product_run.h"
+#include "recorder.h"
 
 namespace {
 
@@ -150,5 +151,5 @@ void conv2d_packed(Tensor x, Given x2, Tensor weight, Given bias, Given residual
 
 STABLE_TORCH_LIBRARY_IMPL(heatsink, CPU, m) {
   m.impl("conv2d", TORCH_BOX(&conv2d));
-  m.impl("conv2d_packed", TORCH_BOX(&conv2d_packed));
+  m.impl("conv2d_packed", HEATSINK_RECORDABLE(conv2d_packed));
 }

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "float16.h"
+#include "scratch.h"
 
 namespace {
 
@@ -47,10 +48,16 @@ inline Tensor empty_rows(const Tensor& x, int64_t width) {
   return empty_strided(x, sizes, strides);
 }
 
+// Contiguous and of x's shape.
+inline Tensor empty_rows(const Tensor& x) {
+  return empty_rows(x, x.dim() == 0 ? 1 : x.size(x.dim() - 1));
+}
+
 // Per channel or per sample and channel: (C,) or (N, C), as dense float32 that `row(n)` points to.
+// What is converted lies in the calling thread's memory: `place` says which, of four.
 class Parameter {
  public:
-  Parameter(const std::optional<Tensor>& given, const Tensor& x, int64_t channels) {
+  Parameter(const std::optional<Tensor>& given, const Tensor& x, int64_t channels, int place) {
     if (!given.has_value()) {
       return;
     }
@@ -60,11 +67,10 @@ class Parameter {
                         (last == 0 || (last == 1 && given->size(0) == x.size(0))),
                     "expected parameters of x's dtype, one for each channel");
     const bool dense = channels <= 1 || given->stride(last) == 1;
-    tensor_ = dense ? *given : torch::stable::contiguous(*given);
-    step_ = last == 1 ? tensor_->stride(0) : 0;
-    data_ = static_cast<const float*>(tensor_->const_data_ptr());
-    if (tensor_->scalar_type() != ScalarType::Float) {
-      convert(last == 1 ? tensor_->size(0) : 1, channels);
+    step_ = last == 1 ? given->stride(0) : 0;
+    data_ = static_cast<const float*>(given->const_data_ptr());
+    if (!dense || given->scalar_type() != ScalarType::Float) {
+      convert(*given, last == 1 ? given->size(0) : 1, channels, dense, place);
     }
   }
 
@@ -72,21 +78,30 @@ class Parameter {
   const float* row(int64_t n) const { return data_ == nullptr ? nullptr : data_ + n * step_; }
 
  private:
-  void convert(int64_t samples, int64_t channels) {
-    values_.resize(static_cast<size_t>(samples * channels));
-    const auto* data = static_cast<const uint16_t*>(tensor_->const_data_ptr());
+  void convert(const Tensor& given, int64_t samples, int64_t channels, bool dense, int place) {
+    float* const values =
+        heatsink::thread_scratch(samples * channels, heatsink::kParameters + place);
+    const ScalarType dtype = given.scalar_type();
+    const int64_t bytes = element_bytes(dtype);
+    const int64_t between = given.stride(given.dim() - 1) * bytes;
+    const auto* data = static_cast<const char*>(given.const_data_ptr());
     for (int64_t n = 0; n < samples; ++n) {
-      read_floats(tensor_->scalar_type(), data + n * step_, channels,
-                  values_.data() + n * channels);
+      const char* from = data + n * step_ * bytes;
+      float* to = values + n * channels;
+      if (dense) {
+        read_floats(dtype, from, channels, to);
+        continue;
+      }
+      for (int64_t c = 0; c < channels; ++c) {
+        read_floats(dtype, from + c * between, 1, to + c);
+      }
     }
     step_ = step_ == 0 ? 0 : channels;
-    data_ = values_.data();
+    data_ = values;
   }
 
-  std::optional<Tensor> tensor_;
   const float* data_ = nullptr;
   int64_t step_ = 0;
-  std::vector<float> values_;
 };
 
 }  // namespace

@@ -14,6 +14,9 @@
 #include "exp.h"
 #include "float_tensor.h"
 #include "gelu.h"
+#include "given_out.h"
+#include "recorder.h"
+#include "rows.h"
 
 namespace {
 
@@ -22,9 +25,10 @@ constexpr int64_t kTile = 512;    // elements converted at a time
 
 template <typename Element>
 HEATSINK_INLINE void silu_row(const void* gate, const void* up, void* out, int64_t count) {
-  const Element* __restrict g = static_cast<const Element*>(gate);
-  const Element* __restrict u = static_cast<const Element*>(up);
-  Element* __restrict o = static_cast<Element*>(out);
+  const Element* g = static_cast<const Element*>(gate);
+  const Element* u = static_cast<const Element*>(up);
+  Element* o = static_cast<Element*>(out);
+  HEATSINK_INDEPENDENT
   for (int64_t i = 0; i < count; ++i) {
     const float x = read(g[i]);
     write(x / (1.0f + exp_ieee(-x)) * read(u[i]), o[i]);
@@ -33,9 +37,10 @@ HEATSINK_INLINE void silu_row(const void* gate, const void* up, void* out, int64
 
 template <typename Element>
 HEATSINK_INLINE void geglu_row(const void* hidden, const void* gate, void* out, int64_t count) {
-  const Element* __restrict h = static_cast<const Element*>(hidden);
-  const Element* __restrict g = static_cast<const Element*>(gate);
-  Element* __restrict o = static_cast<Element*>(out);
+  const Element* h = static_cast<const Element*>(hidden);
+  const Element* g = static_cast<const Element*>(gate);
+  Element* o = static_cast<Element*>(out);
+  HEATSINK_INDEPENDENT
   for (int64_t i = 0; i < count; ++i) {
     write(read(h[i]) * gelu_ieee(read(g[i])), o[i]);
   }
@@ -83,84 +88,74 @@ Row choose(ScalarType dtype, const char* name, Row half, Row bfloat16, Row singl
   }
 }
 
-// (..., W) as rows of one stride, copied only where it must be.
-struct Rows {
-  Tensor tensor;
-  int64_t stride;
-
-  explicit Rows(const Tensor& x) : tensor(x), stride(x.size(x.dim() - 1)) {
-    if (!regular(x)) {
-      tensor = torch::stable::contiguous(x);
-      stride = x.size(x.dim() - 1);
-    }
-  }
-
-  const char* data() const { return static_cast<const char*>(tensor.const_data_ptr()); }
-
- private:
-  // True, and the stride known, if the last dimension is dense and the others are one in effect.
-  bool regular(const Tensor& x) {
-    const int64_t last = x.dim() - 1;
-    if (x.size(last) != 1 && x.stride(last) != 1) {
-      return false;
-    }
-    int64_t expected = -1;
-    for (int64_t d = last - 1; d >= 0; --d) {
-      if (x.size(d) == 1) {
-        continue;
-      }
-      if (expected < 0) {
-        stride = x.stride(d);
-      } else if (x.stride(d) != expected) {
-        return false;
-      }
-      expected = x.stride(d) * x.size(d);
-    }
-    return true;
-  }
-};
-
-// Calls `row` for every row of `first` and `second` (bytes further on in `second`).
-void each_row(Row row, const Rows& first, const Rows& second, int64_t offset, Tensor& out) {
-  const int64_t width = out.size(out.dim() - 1);
-  const int64_t rows = width == 0 ? 0 : out.numel() / width;
-  const int64_t size = static_cast<int64_t>(out.element_size());
-  const char* a = first.data();
-  const char* b = second.data() + offset * size;
-  char* o = static_cast<char*>(out.mutable_data_ptr());
-  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, width));
-  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+// Calls `row` for every row of `first` and `second`, `offset` bytes further on in the latter.
+void each_row(Row row, const Rows& first, const Rows& second, int64_t offset, const Rows& out) {
+  const int64_t grain = std::max<int64_t>(1, kGrain / out.width);
+  torch::stable::parallel_for(0, out.count, grain, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      row(a + r * first.stride * size, b + r * second.stride * size, o + r * width * size, width);
+      row(first.row(r), second.row(r) + offset, out.row(r), out.width);
     }
   });
 }
 
-Tensor silu_mul(Tensor gate, Tensor up) {
+void gate_with_silu(const Tensor& gate, const Tensor& up, Tensor& out) {
+  const Row row =
+      choose(gate.scalar_type(), "gate", half_row<silu_float>, silu_bfloat16, silu_float);
   STD_TORCH_CHECK(gate.dim() >= 1 && up.dim() == gate.dim() && up.numel() == gate.numel() &&
                       up.scalar_type() == gate.scalar_type(),
                   "up: expected shape and dtype like gate");
-  const Row row =
-      choose(gate.scalar_type(), "gate", half_row<silu_float>, silu_bfloat16, silu_float);
-  Tensor out = empty_rows(gate, gate.size(gate.dim() - 1));
-  each_row(row, Rows(gate), Rows(up), 0, out);
+  if (out.numel() == 0) {
+    return;
+  }
+  const Rows to = rows_of_out(out);
+  each_row(row, rows_of(gate), rows_of(up, heatsink::kDenseOther), 0, to);
+}
+
+Tensor silu_mul(Tensor gate, Tensor up) {
+  Tensor out = empty_rows(gate);
+  gate_with_silu(gate, up, out);
   return out;
 }
 
-// x: (..., 2 W), hidden then gate. Returns (..., W).
-Tensor geglu(Tensor x) {
-  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) % 2 == 0, "x: expected (..., 2 W)");
+// `out` may be gate or up itself.
+void silu_mul_out(Tensor gate, Tensor up, Tensor out) {
+  check_out(out, gate);
+  check_in_place_or_apart(out, gate, "gate");
+  check_in_place_or_apart(out, up, "up");
+  gate_with_silu(gate, up, out);
+}
+
+// x: (..., 2 W), hidden then gate; out: (..., W).
+void gate_with_gelu(const Tensor& x, Tensor& out) {
   const Row row = choose(x.scalar_type(), "x", half_row<geglu_float>, geglu_bfloat16, geglu_float);
+  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) % 2 == 0, "x: expected (..., 2 W)");
   const int64_t width = x.size(x.dim() - 1) / 2;
-  Tensor out = empty_rows(x, width);
-  const Rows rows(x);
-  each_row(row, rows, rows, width, out);
+  if (out.numel() == 0) {
+    return;
+  }
+  const Rows to = rows_of_out(out);
+  const Rows rows = rows_of(x);
+  each_row(row, rows, rows, width * element_bytes(x.scalar_type()), to);
+}
+
+Tensor geglu(Tensor x) {
+  Tensor out = empty_rows(x, x.dim() == 0 ? 1 : x.size(x.dim() - 1) / 2);
+  gate_with_gelu(x, out);
   return out;
+}
+
+// `out` may be where hidden is.
+void geglu_out(Tensor x, Tensor out) {
+  check_out(out, x, "out", 2);
+  check_in_place_or_apart(out, x, "x");
+  gate_with_gelu(x, out);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(heatsink, CPU, m) {
   m.impl("silu_mul", TORCH_BOX(&silu_mul));
+  m.impl("silu_mul_out", HEATSINK_RECORDABLE(silu_mul_out));
   m.impl("geglu", TORCH_BOX(&geglu));
+  m.impl("geglu_out", HEATSINK_RECORDABLE(geglu_out));
 }

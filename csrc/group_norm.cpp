@@ -8,8 +8,11 @@
 #include <algorithm>
 #include <cmath>
 
+#include "dense.h"
 #include "float_tensor.h"
+#include "given_out.h"
 #include "group_norm_tile.h"
+#include "recorder.h"
 #include "scratch.h"
 
 namespace {
@@ -19,13 +22,13 @@ constexpr int64_t kTile = 2048;    // values converted at a time on the way out,
 constexpr int64_t kMinPixels = 8;  // pixels of a chunk, at least
 constexpr int64_t kGrain = 8192;   // values a thread should have at least
 
-// x as samples of pixels of channels.
+// Samples of pixels of channels.
 struct Pixels {
-  const char* data;
+  char* data;
   int64_t samples, pixels, channels, sample_step, pixel_step;  // steps in elements
   ScalarType dtype;
 
-  const char* at(int64_t n, int64_t p) const {
+  char* at(int64_t n, int64_t p) const {
     return data + (n * sample_step + p * pixel_step) * element_bytes(dtype);
   }
 };
@@ -63,14 +66,15 @@ struct Work {
 
 class GroupNorm {
  public:
-  GroupNorm(const Pixels& x, const Arguments& arguments, char* out)
+  GroupNorm(const Pixels& x, const Arguments& arguments, const Pixels& out)
       : x_(x),
         arguments_(arguments),
         out_(out),
         chunk_(std::max(kMinPixels, kChunk / x.channels)),
         chunks_((x.pixels + chunk_ - 1) / chunk_),
         tile_(std::max<int64_t>(1, kTile / x.channels)),
-        moments_(static_cast<size_t>(x.samples * chunks_ * arguments.groups)) {}
+        moments_(reinterpret_cast<Moments*>(heatsink::thread_scratch(
+            kFloats * x.samples * chunks_ * arguments.groups, heatsink::kShared))) {}
 
   void run() {
     const int64_t size = x_.pixels * x_.channels;
@@ -94,6 +98,8 @@ class GroupNorm {
   }
 
  private:
+  static constexpr int64_t kFloats = sizeof(Moments) / sizeof(float);
+
   int64_t pixels_of(int64_t chunk) const { return std::min(chunk_, x_.pixels - chunk * chunk_); }
 
   // Pixels' values as float32, and the step between them.
@@ -149,13 +155,20 @@ class GroupNorm {
   void write(int64_t n, int64_t first, int64_t pixels, Work& work) const {
     int64_t step = 0;
     const float* values = read(n, first, pixels, work, step);
-    char* to = out_ + (n * x_.pixels + first) * x_.channels * element_bytes(x_.dtype);
     const bool direct = x_.dtype == ScalarType::Float;
-    float* results = direct ? reinterpret_cast<float*>(to) : work.floats;
+    float* results = direct ? reinterpret_cast<float*>(out_.at(n, first)) : work.floats;
     const auto apply = arguments_.silu ? apply_silu : apply_affine;
-    apply(values, step, pixels, x_.channels, work.by(), results);
-    if (!direct) {
-      write_floats(x_.dtype, results, pixels * x_.channels, to);
+    apply(values, step, pixels, x_.channels, work.by(), results,
+          direct ? out_.pixel_step : x_.channels);
+    if (direct) {
+      return;
+    }
+    if (out_.pixel_step == x_.channels) {
+      write_floats(x_.dtype, results, pixels * x_.channels, out_.at(n, first));
+      return;
+    }
+    for (int64_t p = 0; p < pixels; ++p) {
+      write_floats(x_.dtype, results + p * x_.channels, x_.channels, out_.at(n, first + p));
     }
   }
 
@@ -178,9 +191,9 @@ class GroupNorm {
 
   const Pixels& x_;
   const Arguments& arguments_;
-  char* out_;
+  const Pixels& out_;
   int64_t chunk_, chunks_, tile_;
-  std::vector<Moments> moments_;
+  Moments* moments_;
 };
 
 // The step between pixels if they lie evenly with dense channels, else -1; 0 where they are one
@@ -206,21 +219,6 @@ int64_t pixel_step(const Tensor& x) {
   return step < 0 ? x.size(1) : step;
 }
 
-// (N, ..., C) as (N, C, ...), without moving anything; or back.
-Tensor channels_second(Tensor x) {
-  for (int64_t d = x.dim() - 1; d >= 2; --d) {
-    x = torch::stable::transpose(x, d - 1, d);
-  }
-  return x;
-}
-
-Tensor channels_last(Tensor x) {
-  for (int64_t d = 2; d < x.dim(); ++d) {
-    x = torch::stable::transpose(x, d - 1, d);
-  }
-  return x;
-}
-
 // Of x's shape and dtype, with channels innermost in memory.
 Tensor empty_channels_last(const Tensor& x) {
   const int64_t dims = x.dim();
@@ -236,41 +234,86 @@ Tensor empty_channels_last(const Tensor& x) {
   return empty_strided(x, sizes, strides);
 }
 
-// x: (N, C, ...) in any strides. Returns the same shape with channels innermost in memory.
-Tensor group_norm_silu(Tensor x, int64_t groups, std::optional<Tensor> weight,
-                       std::optional<Tensor> bias, double eps, std::optional<Tensor> scale,
-                       std::optional<Tensor> shift, bool silu) {
-  check_float(x, "x");
+// There is at least one value; `step` is as `pixel_step` gives it.
+Pixels pixels_of(const Tensor& x, const void* data, int64_t sample_step, int64_t step) {
+  const int64_t channels = x.size(1);
+  return {static_cast<char*>(const_cast<void*>(data)),
+          x.size(0),
+          x.numel() / (x.size(0) * channels),
+          channels,
+          sample_step,
+          step,
+          x.scalar_type()};
+}
+
+// x, copied where it must be.
+Pixels pixels_of(const Tensor& x) {
+  const int64_t step = pixel_step(x);
+  if (step >= 0) {
+    return pixels_of(x, x.const_data_ptr(), x.stride(0), step);
+  }
+  return pixels_of(x, dense(x, shape_with_channels_last(x)), x.numel() / x.size(0), x.size(1));
+}
+
+Pixels pixels_of_out(Tensor& out) {
+  const int64_t step = pixel_step(out);
+  STD_TORCH_CHECK(step >= 0, "out: expected channels innermost in memory and pixels evenly apart");
+  return pixels_of(out, out.mutable_data_ptr(), out.stride(0), step);
+}
+
+using Given = std::optional<Tensor>;
+
+void check_dims(const Tensor& x) {
   STD_TORCH_CHECK(x.dim() >= 3, "x: expected (N, C, ...), got ", x.dim(), " dimensions");
+}
+
+// x: (N, C, ...) in any strides.
+void normalise(const Tensor& x, int64_t groups, const Given& weight, const Given& bias, double eps,
+               const Given& scale, const Given& shift, bool silu, Tensor& out) {
+  check_float(x, "x");
+  check_dims(x);
   const int64_t channels = x.size(1);
   STD_TORCH_CHECK(groups > 0 && channels % groups == 0, "groups: expected a divisor of ", channels,
                   ", got ", groups);
-  Tensor out = empty_channels_last(x);
-  if (x.numel() > 0) {
-    if (pixel_step(x) < 0) {
-      x = channels_second(torch::stable::contiguous(channels_last(x)));
-    }
-    const Pixels pixels{static_cast<const char*>(x.const_data_ptr()),
-                        x.size(0),
-                        x.numel() / (x.size(0) * channels),
-                        channels,
-                        x.stride(0),
-                        pixel_step(x),
-                        x.scalar_type()};
-    const Arguments arguments{{weight, x, channels},
-                              {bias, x, channels},
-                              {scale, x, channels},
-                              {shift, x, channels},
-                              groups,
-                              eps,
-                              silu};
-    GroupNorm(pixels, arguments, static_cast<char*>(out.mutable_data_ptr())).run();
+  if (x.numel() == 0) {
+    return;
   }
+  const Pixels to = pixels_of_out(out);
+  const Pixels from = pixels_of(x);
+  const Arguments arguments{{weight, x, channels, 0},
+                            {bias, x, channels, 1},
+                            {scale, x, channels, 2},
+                            {shift, x, channels, 3},
+                            groups,
+                            eps,
+                            silu};
+  GroupNorm(from, arguments, to).run();
+}
+
+// Returns the same shape with channels innermost in memory.
+Tensor group_norm_silu(Tensor x, int64_t groups, Given weight, Given bias, double eps, Given scale,
+                       Given shift, bool silu) {
+  check_dims(x);
+  Tensor out = empty_channels_last(x);
+  normalise(x, groups, weight, bias, eps, scale, shift, silu, out);
   return out;
+}
+
+// `out`, with channels innermost in memory, may be x itself.
+void group_norm_silu_out(Tensor x, int64_t groups, Given weight, Given bias, double eps,
+                         Given scale, Given shift, bool silu, Tensor out) {
+  check_out(out, x);
+  check_in_place_or_apart(out, x, "x");
+  check_apart(out, weight, "weight");
+  check_apart(out, bias, "bias");
+  check_apart(out, scale, "scale");
+  check_apart(out, shift, "shift");
+  normalise(x, groups, weight, bias, eps, scale, shift, silu, out);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(heatsink, CPU, m) {
   m.impl("group_norm_silu", TORCH_BOX(&group_norm_silu));
+  m.impl("group_norm_silu_out", HEATSINK_RECORDABLE(group_norm_silu_out));
 }

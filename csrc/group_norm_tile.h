@@ -208,28 +208,28 @@ HEATSINK_INLINE void apply_at(const float* x, const Coefficients& by, int64_t c,
 // In memory's order: what the processor fetches ahead counts for more than the coefficients' loads.
 template <bool Silu>
 HEATSINK_INLINE void apply(const float* x, int64_t stride, int64_t pixels, int64_t channels,
-                           const Coefficients& given, float* out) {
+                           const Coefficients& given, float* out, int64_t out_stride) {
   // A copy, so that no store can be taken to change it.
   const Coefficients by = given;
   for (int64_t p = 0; p < pixels; ++p) {
     int64_t c = 0;
     for (; c + kLanes <= channels; c += kLanes) {
-      apply_at<Silu, Vector, Ints, Words>(x + p * stride, by, c, out + p * channels);
+      apply_at<Silu, Vector, Ints, Words>(x + p * stride, by, c, out + p * out_stride);
     }
     for (; c < channels; ++c) {
-      apply_at<Silu, float, int32_t, uint32_t>(x + p * stride, by, c, out + p * channels);
+      apply_at<Silu, float, int32_t, uint32_t>(x + p * stride, by, c, out + p * out_stride);
     }
   }
 }
 
 HEATSINK_CLONES void apply_silu(const float* x, int64_t stride, int64_t pixels, int64_t channels,
-                                const Coefficients& by, float* out) {
-  apply<true>(x, stride, pixels, channels, by, out);
+                                const Coefficients& by, float* out, int64_t out_stride) {
+  apply<true>(x, stride, pixels, channels, by, out, out_stride);
 }
 
 HEATSINK_CLONES void apply_affine(const float* x, int64_t stride, int64_t pixels, int64_t channels,
-                                  const Coefficients& by, float* out) {
-  apply<false>(x, stride, pixels, channels, by, out);
+                                  const Coefficients& by, float* out, int64_t out_stride) {
+  apply<false>(x, stride, pixels, channels, by, out, out_stride);
 }
 
 }  // namespace

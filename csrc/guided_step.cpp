@@ -11,10 +11,12 @@
 #include <algorithm>
 #include <cstdint>
 #include <tuple>
-#include <vector>
 
 #include "elements.h"
+#include "float_tensor.h"
+#include "given_out.h"
 #include "noise.h"
+#include "recorder.h"
 
 namespace {
 
@@ -39,9 +41,10 @@ HEATSINK_CLONES void guide(const float* __restrict c, float scale, float* __rest
   }
 }
 
-HEATSINK_CLONES void advance(const Coefficients& k, const float* __restrict x,
-                             const float* __restrict out, float* __restrict next,
-                             float* __restrict x0, int64_t count) {
+// `next` may be x itself.
+HEATSINK_CLONES void advance(const Coefficients& k, const float* x, const float* __restrict out,
+                             float* next, float* __restrict x0, int64_t count) {
+  HEATSINK_INDEPENDENT
   for (int64_t i = 0; i < count; ++i) {
     x0[i] = k.p * x[i] + k.q * out[i];
     next[i] = k.a * x[i] + k.b * x0[i];
@@ -202,10 +205,9 @@ void check_rows(const char* name, const Tensor& rows, int64_t end) {
   }
 }
 
-// See kernels/guided_step.py. Returns (x_next, x0), float32 like x, contiguous.
-std::tuple<Tensor, Tensor> guided_step(Tensor x, Tensor out, Tensor x0_prev, Tensor coef,
-                                       Tensor guidance, Tensor uncond, Tensor cond, Tensor seeds,
-                                       Tensor steps) {
+// See kernels/guided_step.py. `next` and `x0` are contiguous; `next` may be x itself.
+void step_rows(Tensor x, const Tensor& out, Tensor x0_prev, Tensor coef, Tensor guidance,
+               Tensor uncond, Tensor cond, Tensor seeds, Tensor steps, Tensor& next, Tensor& x0) {
   const int64_t rows = x.size(0);
   const int64_t count = rows == 0 ? 0 : x.numel() / rows;
   check("x", x, ScalarType::Float, x.numel());
@@ -217,17 +219,16 @@ std::tuple<Tensor, Tensor> guided_step(Tensor x, Tensor out, Tensor x0_prev, Ten
   check("seeds", seeds, ScalarType::Long, rows);
   check("steps", steps, ScalarType::Long, rows);
   check("out", out, out.scalar_type(), out.size(0) * count);
-  const auto dense = [](const Tensor& t) { return torch::stable::contiguous(t); };
+  const auto dense = [](const Tensor& t) {
+    return t.is_contiguous() ? t : torch::stable::contiguous(t);
+  };
   uncond = dense(uncond);
   cond = dense(cond);
   check_rows("uncond", uncond, out.size(0));
   check_rows("cond", cond, out.size(0));
 
-  const std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  Tensor next = torch::stable::new_empty(x, shape, ScalarType::Float);
-  Tensor x0 = torch::stable::new_empty(x, shape, ScalarType::Float);
   if (count == 0) {
-    return {next, x0};
+    return;
   }
   const Step step{dense(x),
                   dense(x0_prev),
@@ -247,9 +248,41 @@ std::tuple<Tensor, Tensor> guided_step(Tensor x, Tensor out, Tensor x0_prev, Ten
       step.tile(task / tiles, task % tiles);
     }
   });
+}
+
+// Returns (x_next, x0), float32 like x, contiguous.
+std::tuple<Tensor, Tensor> guided_step(Tensor x, Tensor out, Tensor x0_prev, Tensor coef,
+                                       Tensor guidance, Tensor uncond, Tensor cond, Tensor seeds,
+                                       Tensor steps) {
+  check("x", x, ScalarType::Float, x.numel());
+  Tensor next = empty_rows(x);
+  Tensor x0 = empty_rows(x);
+  step_rows(x, out, x0_prev, coef, guidance, uncond, cond, seeds, steps, next, x0);
   return {next, x0};
+}
+
+// Nothing is allocated where every argument is dense. `x_next` may be x itself.
+void guided_step_out(Tensor x, Tensor out, Tensor x0_prev, Tensor coef, Tensor guidance,
+                     Tensor uncond, Tensor cond, Tensor seeds, Tensor steps, Tensor x_next,
+                     Tensor x0) {
+  check_out(x_next, x, "x_next");
+  check_out(x0, x, "x0");
+  STD_TORCH_CHECK(x_next.is_contiguous() && x0.is_contiguous(),
+                  "x_next, x0: expected contiguous memory");
+  check_in_place_or_apart(x_next, x, "x", "x_next");
+  check_apart(x0, x, "x", "x0");
+  check_apart(x0, x_next, "x_next", "x0");
+  const Tensor* const others[] = {&out, &x0_prev, &coef, &guidance, &uncond, &cond, &seeds, &steps};
+  for (const Tensor* other : others) {
+    check_apart(x_next, *other, "the arguments", "x_next");
+    check_apart(x0, *other, "the arguments", "x0");
+  }
+  step_rows(x, out, x0_prev, coef, guidance, uncond, cond, seeds, steps, x_next, x0);
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(heatsink, CPU, m) { m.impl("guided_step", TORCH_BOX(&guided_step)); }
+STABLE_TORCH_LIBRARY_IMPL(heatsink, CPU, m) {
+  m.impl("guided_step", TORCH_BOX(&guided_step));
+  m.impl("guided_step_out", HEATSINK_RECORDABLE(guided_step_out));
+}

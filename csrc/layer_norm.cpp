@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "recorder.h"
 #include "row_norm.h"
 
 namespace {
@@ -52,27 +53,51 @@ HEATSINK_CLONES void layer_norm_row(const float* x, int64_t width, double eps, c
   }
 }
 
-// x: (N, ..., C) in any strides; weight, bias: (C,); scale, shift: (N, C). Returns contiguous.
-Tensor layer_norm(Tensor x, std::optional<Tensor> weight, std::optional<Tensor> bias, double eps,
-                  std::optional<Tensor> scale, std::optional<Tensor> shift) {
+using Given = std::optional<Tensor>;
+
+// x: (N, ..., C) in any strides; weight, bias: (C,); scale, shift: (N, C).
+void normalise(const Tensor& x, const Given& weight, const Given& bias, double eps,
+               const Given& scale, const Given& shift, Tensor& out) {
   check_float(x, "x");
   STD_TORCH_CHECK(x.dim() >= 1, "x: expected (..., C), got no dimensions");
-  Tensor out = empty_rows(x, x.size(x.dim() - 1));
   if (x.numel() == 0) {
-    return out;
+    return;
   }
   const int64_t width = x.size(x.dim() - 1);
   const int64_t of_sample = x.numel() / (width * x.size(0));
-  const Parameter weights(weight, x, width), biases(bias, x, width);
-  const Parameter scales(scale, x, width), shifts(shift, x, width);
-  for_each_row(x, out, [&](int64_t row, const float* values, float* results) {
-    const int64_t n = of_sample > 0 ? row / of_sample : 0;
-    layer_norm_row(values, width, eps,
-                   {weights.row(n), biases.row(n), scales.row(n), shifts.row(n)}, results);
-  });
+  const Parameter weights(weight, x, width, 0), biases(bias, x, width, 1);
+  const Parameter scales(scale, x, width, 2), shifts(shift, x, width, 3);
+  const Rows to = rows_of_out(out);
+  for_each_row(
+      rows_of(x), to, x.scalar_type(), [&](int64_t row, const float* values, float* results) {
+        const int64_t n = of_sample > 0 ? row / of_sample : 0;
+        layer_norm_row(values, width, eps,
+                       {weights.row(n), biases.row(n), scales.row(n), shifts.row(n)}, results);
+      });
+}
+
+// Returns contiguous.
+Tensor layer_norm(Tensor x, Given weight, Given bias, double eps, Given scale, Given shift) {
+  Tensor out = empty_rows(x);
+  normalise(x, weight, bias, eps, scale, shift, out);
   return out;
+}
+
+// `out` may be x itself.
+void layer_norm_out(Tensor x, Given weight, Given bias, double eps, Given scale, Given shift,
+                    Tensor out) {
+  check_out(out, x);
+  check_in_place_or_apart(out, x, "x");
+  check_apart(out, weight, "weight");
+  check_apart(out, bias, "bias");
+  check_apart(out, scale, "scale");
+  check_apart(out, shift, "shift");
+  normalise(x, weight, bias, eps, scale, shift, out);
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(heatsink, CPU, m) { m.impl("layer_norm", TORCH_BOX(&layer_norm)); }
+STABLE_TORCH_LIBRARY_IMPL(heatsink, CPU, m) {
+  m.impl("layer_norm", TORCH_BOX(&layer_norm));
+  m.impl("layer_norm_out", HEATSINK_RECORDABLE(layer_norm_out));
+}

@@ -8,6 +8,7 @@
 
 #include "float_tensor.h"
 #include "product_run.h"
+#include "recorder.h"
 
 namespace {
 
@@ -99,6 +100,6 @@ void linear_packed(Tensor x, Tensor weight, Given bias, Given residual, Given sa
 
 STABLE_TORCH_LIBRARY_IMPL(heatsink, CPU, m) {
   m.impl("linear", TORCH_BOX(&linear));
-  m.impl("linear_packed", TORCH_BOX(&linear_packed));
+  m.impl("linear_packed", HEATSINK_RECORDABLE(linear_packed));
   m.impl("pack_linear", TORCH_BOX(&heatsink::packed));
 }

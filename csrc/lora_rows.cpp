@@ -31,7 +31,6 @@ constexpr int64_t kImageFloats = 1 << 22;    // of the images that are turned to
 constexpr int64_t kTokenStep = 12;           // tokens that a kernel works on side by side at most
 
 // Uses of a thread's memory, beside that of a task.
-enum Use { kTask, kBank, kImages };
 
 Element element_of(const Tensor& x) {
   switch (x.scalar_type()) {
@@ -146,7 +145,7 @@ struct Table {
     for (const Packed& slot : packed) {
       floats += heatsink::round_up(slot.rank, kLanes) * panel + slot.rank * pitch;
     }
-    float* next = heatsink::thread_scratch<kBank>(floats);
+    float* next = heatsink::thread_scratch(floats, heatsink::kBank);
     for (Packed& slot : packed) {
       slot.down = next;
       slot.up = next + heatsink::round_up(slot.rank, kLanes) * panel;
@@ -218,7 +217,7 @@ void run(LoraRows& call, Table& table, bool turned) {
   const auto in_parallel = [&](LoraStep step, int64_t items, int64_t products) {
     const int64_t grain = std::max<int64_t>(1, kGrainProducts / std::max<int64_t>(1, products));
     torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
-      kernel(call, step, begin, end, heatsink::thread_scratch<kTask>(floats));
+      kernel(call, step, begin, end, heatsink::thread_scratch(floats));
     });
   };
   const auto rows = static_cast<int64_t>(table.rows.size());
@@ -235,7 +234,7 @@ void run(LoraRows& call, Table& table, bool turned) {
     const int64_t count = std::min(together, rows - first);
     call.rows = table.rows.data() + first;
     if (turned) {
-      call.image = heatsink::thread_scratch<kImages>(count * call.height * line);
+      call.image = heatsink::thread_scratch(count * call.height * line, heatsink::kImages);
       in_parallel(LoraStep::Image, count * call.height, line);
     }
     in_parallel(LoraStep::Rows, count * chunks,

@@ -195,7 +195,12 @@ Tensor packed(const Tensor& weight, bool geglu) {
 
 void run(Product& p) { run_tasks(p, torch::stable::get_num_threads(), nullptr); }
 
+// With a scratch of no elements every thread keeps memory of its own.
 void run_in(Product& p, Tensor& scratch) {
+  if (scratch.numel() == 0) {
+    run_tasks(p, torch::stable::get_num_threads(), nullptr);
+    return;
+  }
   STD_TORCH_CHECK(scratch.is_cpu() && scratch.is_contiguous() &&
                       scratch.numel() * scratch.element_size() >= kScratchBytes,
                   "scratch: expected a dense tensor on the CPU of at least ", kScratchBytes,

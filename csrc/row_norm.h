@@ -1,4 +1,4 @@
-// Normalisation over a tensor's last dimension: how rows lie in memory, and their sums.
+// Normalisation over a tensor's last dimension: rows one by one, and their sums.
 //
 // A row's sum has one order: element i goes to lane i mod 64, in order of i; then lane j takes lane
 // j + 32, then + 16, + 8, + 4, + 2, + 1. kernels/_rows.py does the same.
@@ -11,6 +11,7 @@
 #include <algorithm>
 
 #include "float_tensor.h"
+#include "rows.h"
 #include "scratch.h"
 #include "vector_math.h"
 
@@ -65,46 +66,16 @@ HEATSINK_INLINE float sum_row(const float* x, int64_t width, float center) {
   return (first[0] + first[2]) + (first[1] + first[3]);
 }
 
-// The step between rows if they lie evenly with a dense last dimension, else -1.
-inline int64_t row_step(const Tensor& x) {
-  const int64_t last = x.dim() - 1;
-  if (x.size(last) > 1 && x.stride(last) != 1) {
-    return -1;
-  }
-  int64_t step = -1;
-  int64_t expected = 0;
-  for (int64_t d = last - 1; d >= 0; --d) {
-    if (x.size(d) == 1) {
-      continue;
-    }
-    if (step >= 0 && x.stride(d) != expected) {
-      return -1;
-    }
-    step = step >= 0 ? step : x.stride(d);
-    expected = x.stride(d) * x.size(d);
-  }
-  return step >= 0 ? step : x.size(last);
-}
-
 // Calls `normalise(row, values, results)` for every row: float32 in and out, whatever the dtype.
 template <typename Normalise>
-void for_each_row(Tensor x, Tensor& out, const Normalise& normalise) {
-  if (row_step(x) < 0) {
-    x = torch::stable::contiguous(x);
-  }
-  const ScalarType dtype = x.scalar_type();
-  const int64_t width = x.size(x.dim() - 1);
-  const int64_t rows = x.numel() / width;
-  const int64_t bytes = element_bytes(dtype);
-  const int64_t step = row_step(x) * bytes;
-  const char* from = static_cast<const char*>(x.const_data_ptr());
-  char* to = static_cast<char*>(out.mutable_data_ptr());
+void for_each_row(const Rows& x, const Rows& out, ScalarType dtype, const Normalise& normalise) {
+  const int64_t width = x.width;
   const int64_t grain = std::max<int64_t>(1, kRowGrain / width);
-  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, x.count, grain, [&](int64_t begin, int64_t end) {
     float* floats = dtype == ScalarType::Float ? nullptr : heatsink::thread_scratch(2 * width);
     for (int64_t row = begin; row < end; ++row) {
-      const char* source = from + row * step;
-      char* target = to + row * width * bytes;
+      const char* source = x.row(row);
+      char* target = out.row(row);
       if (dtype == ScalarType::Float) {
         normalise(row, reinterpret_cast<const float*>(source), reinterpret_cast<float*>(target));
         continue;

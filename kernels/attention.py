@@ -41,6 +41,7 @@ from heatsink.kernels._heads import (
 )
 from heatsink.kernels._launch import Kernel, Launch, Value, run
 from heatsink.kernels._op import Case, Inputs, Op, normal
+from heatsink.kernels._outs import Out, dense_heads
 
 # Never specialised: one binary reads every place in a batch, alone or packed.
 _STRIDES = ("qb", "qh", "qm", "kb", "kh", "kn", "vb", "vh", "vn", "bb", "bh", "bm")
@@ -63,6 +64,7 @@ def attention(
     scale: float | None = None,
     causal: bool = False,
     bias: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """`softmax(scale * q k^T + bias) v` for each head.
 
@@ -73,9 +75,10 @@ def attention(
         scale: positive and finite; `1 / sqrt(D)` if None.
         causal: query i sees keys 0 to i.
         bias: added to the scaled scores: of `q`'s dtype, broadcastable to `(B, H, Sq, Sk)`.
+        out: memory for the result (`_outs.py`), dense in D.
 
     Returns:
-        `(B, Sq, H, D)`, contiguous, of the same dtype. 0 for a query that sees no key.
+        `(B, Sq, H, D)` of the same dtype: `out`, or contiguous. 0 for a query that sees no key.
 
     Raises:
         TypeError: if an argument is no tensor or its dtype is another.
@@ -89,10 +92,12 @@ def attention(
         shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
         check_bias(bias, shape)
         bias = bias.expand(shape)
+    if out is not None:
+        return OUT(q, k, v, scale, causal, bias, out)
     if q.numel() == 0 or k.numel() == 0:
         return q.new_zeros(q.shape)
-    out: Tensor = torch.ops.heatsink.attention(q, k, v, scale, causal, bias)
-    return out
+    new: Tensor = torch.ops.heatsink.attention(q, k, v, scale, causal, bias)
+    return new
 
 
 def key(
@@ -125,10 +130,12 @@ def plan(
     scale: float | None = None,
     causal: bool = False,
     bias: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, list[Launch]]:
-    """The output and the launch that fills it."""
+    """The output, contiguous, and the launch that fills it."""
     batch, seq_q, heads, head_dim = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if bias is not None:
         bias = settled(bias.expand(batch, heads, seq_q, k.shape[1]))
     tma = bool(config["TMA"]) and not config["WHOLE"] and stride_unit(q) > 1
@@ -191,12 +198,17 @@ def _constants(config: Config, q: Tensor, bias: Tensor | None, causal: bool) -> 
 
 
 def _attention_triton(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, bias: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    causal: bool,
+    bias: Tensor | None,
+    out: Tensor | None = None,
 ) -> Tensor:
     found = key(q, k, v, scale, causal, bias)
-    out, launches = plan(
-        lookup("attention", found, target_of(q.device)), q, k, v, scale, causal, bias
-    )
+    config = lookup("attention", found, target_of(q.device))
+    out, launches = plan(config, q, k, v, scale, causal, bias, out)
     run(launches)
     return out
 
@@ -225,13 +237,13 @@ def _attention_fake(
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
-torch.library.define(
-    "heatsink::attention",
-    "(Tensor q, Tensor k, Tensor v, float scale, bool causal, Tensor? bias) -> Tensor",
-)
+SCHEMA = "(Tensor q, Tensor k, Tensor v, float scale, bool causal, Tensor? bias) -> Tensor"
+OUT = Out("attention", SCHEMA, dense_heads, in_place=0)
+torch.library.define("heatsink::attention", SCHEMA)
 torch.library.impl("heatsink::attention", "default", _attention_torch)
 torch.library.impl("heatsink::attention", "cuda", _attention_triton)
 torch.library.register_fake("heatsink::attention", _attention_fake)
+OUT.define(_attention_torch, _attention_triton)
 
 
 def _case(

@@ -21,19 +21,21 @@ from heatsink.kernels._config import Config, Key, lookup, target_of
 from heatsink.kernels._gelu import gelu
 from heatsink.kernels._launch import Kernel, Launch, run
 from heatsink.kernels._op import Case, Inputs, Op, normal
+from heatsink.kernels._outs import Out, even_rows
 from heatsink.kernels.silu_mul import as_rows
 
 KERNEL = Kernel("geglu", module="geglu", plain=("rows",))
 
 
-def geglu(x: Tensor) -> Tensor:
+def geglu(x: Tensor, *, out: Tensor | None = None) -> Tensor:
     """`x[..., :W] * gelu(x[..., W:])`, in fp32 with one rounding.
 
     Args:
         x: `(..., 2 W)`, fp16, bf16 or fp32.
+        out: memory for the result (`_outs.py`); `x[..., :W]` itself, too.
 
     Returns:
-        `(..., W)`, contiguous, of the same dtype.
+        `(..., W)` of the same dtype: `out`, or contiguous.
 
     Raises:
         TypeError: if `x` is no tensor or has another dtype.
@@ -43,8 +45,10 @@ def geglu(x: Tensor) -> Tensor:
     shape = x.shape
     if not shape or shape[-1] % 2:
         raise ValueError(f"x: expected (..., 2 W), got {tuple(shape)}")
-    out: Tensor = torch.ops.heatsink.geglu(x)
-    return out
+    if out is not None:
+        return OUT(x, out)
+    new: Tensor = torch.ops.heatsink.geglu(x)
+    return new
 
 
 def key(x: Tensor) -> Key:
@@ -52,9 +56,10 @@ def key(x: Tensor) -> Key:
     return {"width": x.shape[-1] // 2}
 
 
-def plan(config: Config, x: Tensor) -> tuple[Tensor, list[Launch]]:
-    """The output and the launch that fills it."""
-    out = _geglu_fake(x)
+def plan(config: Config, x: Tensor, out: Tensor | None = None) -> tuple[Tensor, list[Launch]]:
+    """The output, whose rows lie at one distance, and the launch that fills it."""
+    if out is None:
+        out = _geglu_fake(x)
     xs, outs = as_rows(x), as_rows(out)
     rows, width = outs.shape
     block_r, block_w = config["BLOCK_R"], config["BLOCK_W"]
@@ -77,8 +82,8 @@ def plan(config: Config, x: Tensor) -> tuple[Tensor, list[Launch]]:
     return out, [launch]
 
 
-def _geglu_triton(x: Tensor) -> Tensor:
-    out, launches = plan(lookup("geglu", key(x), target_of(x.device)), x)
+def _geglu_triton(x: Tensor, out: Tensor | None = None) -> Tensor:
+    out, launches = plan(lookup("geglu", key(x), target_of(x.device)), x, out)
     run(launches)
     return out
 
@@ -89,13 +94,20 @@ def _geglu_torch(x: Tensor) -> Tensor:
 
 
 def _geglu_fake(x: Tensor) -> Tensor:
-    return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+    return x.new_empty(_halved(x))
 
 
-torch.library.define("heatsink::geglu", "(Tensor x) -> Tensor")
+def _halved(x: Tensor) -> tuple[int, ...]:
+    return (*x.shape[:-1], x.shape[-1] // 2)
+
+
+SCHEMA = "(Tensor x) -> Tensor"
+OUT = Out("geglu", SCHEMA, even_rows, whole=even_rows, shape=_halved)
+torch.library.define("heatsink::geglu", SCHEMA)
 torch.library.impl("heatsink::geglu", "default", _geglu_torch)
 torch.library.impl("heatsink::geglu", "cuda", _geglu_triton)
 torch.library.register_fake("heatsink::geglu", _geglu_fake)
+OUT.define(_geglu_torch, _geglu_triton)
 _native.load()
 
 

@@ -34,6 +34,7 @@ from heatsink.kernels._config import Config, Key, lookup, target_of
 from heatsink.kernels._group_norm_cases import CASES
 from heatsink.kernels._launch import Kernel, Launch, Value, run
 from heatsink.kernels._op import Op
+from heatsink.kernels._outs import Out, even_pixels
 from heatsink.kernels._pixels import as_pixels, empty_like_pixels, group_norm_torch
 from heatsink.kernels._rows import power_of_two, settled, settled_or_none
 
@@ -62,6 +63,7 @@ def group_norm_silu(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     silu: bool = True,
+    out: Tensor | None = None,
 ) -> Tensor:
     """GroupNorm, `* (1 + scale) + shift`, and SiLU, in fp32 with one rounding.
 
@@ -75,6 +77,7 @@ def group_norm_silu(
         scale: `(N, C)`, or None for zeros.
         shift: `(N, C)`, or None for zeros.
         silu: whether SiLU follows.
+        out: memory for the result, channels innermost (`_outs.py`); `x` itself, too.
 
     Returns:
         `(N, C, ...)` of the same dtype, channels innermost in memory.
@@ -102,10 +105,12 @@ def group_norm_silu(
         check_shape("scale", scale, (samples, channels))
     if shift is not None:
         check_shape("shift", shift, (samples, channels))
-    out: Tensor = torch.ops.heatsink.group_norm_silu(
+    if out is not None:
+        return OUT(x, groups, weight, bias, eps, scale, shift, silu, out)
+    new: Tensor = torch.ops.heatsink.group_norm_silu(
         x, groups, weight, bias, eps, scale, shift, silu
     )
-    return out
+    return new
 
 
 def _groups_together(groups: int, group_size: int) -> int:
@@ -144,9 +149,11 @@ def plan(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     silu: bool = True,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, list[Launch]]:
     """The output and the launches that fill it: one where the configuration says WHOLE."""
-    out = empty_like_pixels(x)
+    if out is None:
+        out = empty_like_pixels(x)
     if x.numel() == 0:
         return out, []
     pixels = settled(as_pixels(x))
@@ -274,10 +281,11 @@ def _group_norm_silu_triton(
     scale: Tensor | None,
     shift: Tensor | None,
     silu: bool,
+    out: Tensor | None = None,
 ) -> Tensor:
     config = lookup("group_norm_silu", key(x, groups), target_of(x.device))
     out, launches = plan(
-        config, x, groups, weight, bias, eps=eps, scale=scale, shift=shift, silu=silu
+        config, x, groups, weight, bias, eps=eps, scale=scale, shift=shift, silu=silu, out=out
     )
     run(launches)
     return out
@@ -296,14 +304,20 @@ def _group_norm_silu_fake(
     return empty_like_pixels(x)
 
 
-torch.library.define(
-    "heatsink::group_norm_silu",
+def _dense_pixels(x: Tensor) -> bool:
+    return x.movedim(1, -1).is_contiguous()
+
+
+SCHEMA = (
     "(Tensor x, int groups, Tensor? weight, Tensor? bias, float eps, Tensor? scale, "
-    "Tensor? shift, bool silu) -> Tensor",
+    "Tensor? shift, bool silu) -> Tensor"
 )
+OUT = Out("group_norm_silu", SCHEMA, even_pixels, whole=_dense_pixels)
+torch.library.define("heatsink::group_norm_silu", SCHEMA)
 torch.library.impl("heatsink::group_norm_silu", "default", group_norm_torch)
 torch.library.impl("heatsink::group_norm_silu", "cuda", _group_norm_silu_triton)
 torch.library.register_fake("heatsink::group_norm_silu", _group_norm_silu_fake)
+OUT.define(group_norm_torch, _group_norm_silu_triton)
 _native.load()
 
 

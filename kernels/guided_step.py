@@ -31,6 +31,7 @@ from heatsink.kernels._checks import FLOATS, check_shape, check_tensors
 from heatsink.kernels._config import Config, Key, lookup, target_of
 from heatsink.kernels._launch import Kernel, Launch, run
 from heatsink.kernels._op import Case, Inputs, Op, normal
+from heatsink.kernels._outs import check_memory
 
 KERNEL = Kernel("guided_step", module="guided_step", plain=("out_rows", "tiles"), fusion=False)
 
@@ -51,6 +52,8 @@ def guided_step(
     cond: Tensor,
     seeds: Tensor,
     steps: Tensor,
+    *,
+    results: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Advance every row by one step of its own schedule.
 
@@ -64,6 +67,9 @@ def guided_step(
         cond: int32 `(R,)`: which is the prompt's. A row is guided if it is another.
         seeds: int64 `(R,)`, the bits of unsigned 64-bit numbers.
         steps: int64 `(R,)` in [0, 2^32), the requests' steps. Both are used only where D is not 0.
+
+        results: memory for what is returned, contiguous, instead of new: then nothing is
+            allocated on the CPU if all arguments are contiguous. The first may be `x` itself.
 
     Returns:
         `(x_next, x0)`, fp32 `(R, ...)`, contiguous.
@@ -92,8 +98,20 @@ def guided_step(
     vectors = (guidance, uncond, cond, seeds, steps)
     for name, vector in zip(VECTORS[1:], vectors, strict=True):
         check_shape(name, vector, (rows,))
+    if results is not None:
+        _check_results(x, *results)
+        torch.ops.heatsink.guided_step_out(x, out, x0_prev, coef, *vectors, *results)
+        return results
     x_next, x0 = torch.ops.heatsink.guided_step(x, out, x0_prev, coef, *vectors)
     return x_next, x0
+
+
+def _check_results(x: Tensor, x_next: Tensor, x0: Tensor) -> None:
+    for name, result in (("x_next", x_next), ("x0", x0)):
+        check_tensors({"x": x, name: result}, (torch.float32,))
+        check_shape(name, result, tuple(x.shape))
+        if not result.is_contiguous():
+            raise ValueError(f"{name}: expected contiguous memory, got strides {result.stride()}")
 
 
 def key(x: Tensor, **others: Tensor) -> Key:
@@ -111,10 +129,17 @@ def _channels_inside(x: Tensor) -> bool:
 
 
 def plan(
-    config: Config, x: Tensor, out: Tensor, x0_prev: Tensor, **vectors: Tensor
+    config: Config,
+    x: Tensor,
+    out: Tensor,
+    x0_prev: Tensor,
+    *,
+    results: tuple[Tensor, Tensor] | None = None,
+    **vectors: Tensor,
 ) -> tuple[tuple[Tensor, Tensor], list[Launch]]:
     """The outputs and the launch that fills them; `vectors` are those of `VECTORS`."""
-    results = _guided_step_fake(x)
+    if results is None:
+        results = _guided_step_fake(x)
     rows, count = x.shape[0], x.shape[1:].numel()
     x, x0_prev = (t if _row_contiguous(t) else t.contiguous() for t in (x, x0_prev))
     inside = not _row_contiguous(out) and _channels_inside(out)
@@ -146,11 +171,15 @@ def plan(
 
 
 def _guided_step_triton(
-    x: Tensor, out: Tensor, x0_prev: Tensor, *vectors: Tensor
+    x: Tensor,
+    out: Tensor,
+    x0_prev: Tensor,
+    *vectors: Tensor,
+    results: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     config = lookup("guided_step", key(x), target_of(x.device))
     named = dict(zip(VECTORS, vectors, strict=True))
-    results, launches = plan(config, x, out, x0_prev, **named)
+    results, launches = plan(config, x, out, x0_prev, results=results, **named)
     run(launches)
     return results
 
@@ -196,14 +225,43 @@ def _guided_step_fake(x: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
+def _check_memory(*given: Tensor) -> None:
+    *args, x_next, x0 = given
+    _check_results(args[0], x_next, x0)
+    check_memory("x_next", x_next, args, in_place=1)
+    check_memory("x0", x0, [*args, x_next], in_place=0)
+
+
+def _guided_step_out_torch(*given: Tensor) -> None:
+    _check_memory(*given)
+    for result, value in zip(given[-2:], _guided_step_torch(*given[:-2]), strict=True):
+        result.copy_(value)
+
+
+def _guided_step_out_triton(*given: Tensor) -> None:
+    _check_memory(*given)
+    x, out, x0_prev, *vectors = given[:-2]
+    _guided_step_triton(x, out, x0_prev, *vectors, results=(given[-2], given[-1]))
+
+
+def _guided_step_out_fake(*given: Tensor) -> None:
+    _check_results(given[0], *given[-2:])
+
+
+_ARGUMENTS = (
+    "Tensor x, Tensor out, Tensor x0_prev, Tensor coef, Tensor guidance, Tensor uncond, "
+    "Tensor cond, Tensor seeds, Tensor steps"
+)
+torch.library.define("heatsink::guided_step", f"({_ARGUMENTS}) -> (Tensor x_next, Tensor x0)")
 torch.library.define(
-    "heatsink::guided_step",
-    "(Tensor x, Tensor out, Tensor x0_prev, Tensor coef, Tensor guidance, Tensor uncond, "
-    "Tensor cond, Tensor seeds, Tensor steps) -> (Tensor x_next, Tensor x0)",
+    "heatsink::guided_step_out", f"({_ARGUMENTS}, Tensor(a!) x_next, Tensor(b!) x0) -> ()"
 )
 torch.library.impl("heatsink::guided_step", "default", _guided_step_torch)
 torch.library.impl("heatsink::guided_step", "cuda", _guided_step_triton)
 torch.library.register_fake("heatsink::guided_step", _guided_step_fake)
+torch.library.impl("heatsink::guided_step_out", "default", _guided_step_out_torch)
+torch.library.impl("heatsink::guided_step_out", "cuda", _guided_step_out_triton)
+torch.library.register_fake("heatsink::guided_step_out", _guided_step_out_fake)
 _native.load()
 
 

@@ -22,6 +22,7 @@ from heatsink.kernels._checks import FLOATS, check_shape, check_tensors, short
 from heatsink.kernels._config import Config, Key, lookup, target_of
 from heatsink.kernels._launch import Kernel, Launch, run
 from heatsink.kernels._op import Case, Inputs, Op, normal
+from heatsink.kernels._outs import Out, even_rows
 from heatsink.kernels._rows import (
     check_rows,
     inverse_root,
@@ -42,6 +43,7 @@ def layer_norm(
     eps: float = 1e-5,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """LayerNorm and `* (1 + scale) + shift`, in fp32 with one rounding.
 
@@ -52,9 +54,10 @@ def layer_norm(
         eps: added to the variance, positive.
         scale: `(N, C)`, or None for zeros.
         shift: `(N, C)`, or None for zeros.
+        out: memory for the result (`_outs.py`); `x` itself, too.
 
     Returns:
-        `(..., C)`, contiguous, of the same dtype.
+        `(..., C)` of the same dtype: `out`, or contiguous.
 
     Raises:
         TypeError: if an argument is of the wrong type or dtype.
@@ -74,8 +77,10 @@ def layer_norm(
         for name, of_sample in (("scale", scale), ("shift", shift)):
             if of_sample is not None:
                 check_shape(name, of_sample, (x.shape[0], width))
-    out: Tensor = torch.ops.heatsink.layer_norm(x, weight, bias, eps, scale, shift)
-    return out
+    if out is not None:
+        return OUT(x, weight, bias, eps, scale, shift, out)
+    new: Tensor = torch.ops.heatsink.layer_norm(x, weight, bias, eps, scale, shift)
+    return new
 
 
 def key(x: Tensor, *_: object, **__: object) -> Key:
@@ -92,9 +97,11 @@ def plan(
     eps: float = 1e-5,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, list[Launch]]:
-    """The output and the launch that fills it."""
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    """The output, contiguous, and the launch that fills it."""
+    if out is None:
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return out, []
     grid = settled_grid(x)
@@ -134,9 +141,10 @@ def _layer_norm_triton(
     eps: float,
     scale: Tensor | None,
     shift: Tensor | None,
+    out: Tensor | None = None,
 ) -> Tensor:
     config = lookup("layer_norm", key(x), target_of(x.device))
-    out, launches = plan(config, x, weight, bias, eps=eps, scale=scale, shift=shift)
+    out, launches = plan(config, x, weight, bias, eps=eps, scale=scale, shift=shift, out=out)
     run(launches)
     return out
 
@@ -179,13 +187,15 @@ def _layer_norm_fake(
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-torch.library.define(
-    "heatsink::layer_norm",
-    "(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? scale, Tensor? shift) -> Tensor",
+SCHEMA = (
+    "(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? scale, Tensor? shift) -> Tensor"
 )
+OUT = Out("layer_norm", SCHEMA, even_rows)
+torch.library.define("heatsink::layer_norm", SCHEMA)
 torch.library.impl("heatsink::layer_norm", "default", _layer_norm_torch)
 torch.library.impl("heatsink::layer_norm", "cuda", _layer_norm_triton)
 torch.library.register_fake("heatsink::layer_norm", _layer_norm_fake)
+OUT.define(_layer_norm_torch, _layer_norm_triton)
 _native.load()
 
 

@@ -168,7 +168,8 @@ def _linear_packed_fake(
 _EPILOGUE = "Tensor? bias, Tensor? residual, Tensor? sample_add, str activation"
 torch.library.define("heatsink::linear", f"(Tensor x, Tensor weight, {_EPILOGUE}) -> Tensor")
 torch.library.define("heatsink::pack_linear", "(Tensor weight, bool geglu) -> Tensor")
-# For engines: `weight` packed, `scratch` of `scratch_bytes()`, rows of x, residual and out dense
+# For engines: `weight` packed, `scratch` of `scratch_bytes()` (of no
+# elements: each thread keeps memory of its own), rows of x, residual and out dense
 # and evenly spaced. Allocates nothing.
 torch.library.define(
     "heatsink::linear_packed",

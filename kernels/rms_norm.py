@@ -22,6 +22,7 @@ from heatsink.kernels._checks import FLOATS, check_shape, check_tensors, short
 from heatsink.kernels._config import Config, Key, lookup, target_of
 from heatsink.kernels._launch import Kernel, Launch, run
 from heatsink.kernels._op import Case, Inputs, Op, normal
+from heatsink.kernels._outs import Out, even_rows
 from heatsink.kernels._rows import (
     check_rows,
     inverse_root,
@@ -34,16 +35,19 @@ from heatsink.kernels._rows import (
 KERNEL = Kernel("rms_norm", module="rms_norm", plain=("rows", "inner"))
 
 
-def rms_norm(x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-6) -> Tensor:
+def rms_norm(
+    x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-6, out: Tensor | None = None
+) -> Tensor:
     """RMSNorm in fp32 with one rounding.
 
     Args:
         x: `(..., C)` with C up to 16384, fp16, bf16 or fp32.
         weight: `(C,)`, or None for ones.
         eps: added to the mean square, positive.
+        out: memory for the result (`_outs.py`); `x` itself, too.
 
     Returns:
-        `(..., C)`, contiguous, of the same dtype.
+        `(..., C)` of the same dtype: `out`, or contiguous.
 
     Raises:
         TypeError: if an argument is of the wrong type or dtype.
@@ -54,8 +58,10 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-6) -> T
     width = check_rows(x, eps)
     if weight is not None:
         check_shape("weight", weight, (width,))
-    out: Tensor = torch.ops.heatsink.rms_norm(x, weight, eps)
-    return out
+    if out is not None:
+        return OUT(x, weight, eps, out)
+    new: Tensor = torch.ops.heatsink.rms_norm(x, weight, eps)
+    return new
 
 
 def key(x: Tensor, *_: object, **__: object) -> Key:
@@ -64,10 +70,16 @@ def key(x: Tensor, *_: object, **__: object) -> Key:
 
 
 def plan(
-    config: Config, x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-6
+    config: Config,
+    x: Tensor,
+    weight: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, list[Launch]]:
-    """The output and the launch that fills it."""
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    """The output, contiguous, and the launch that fills it."""
+    if out is None:
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return out, []
     grid = settled_grid(x)
@@ -93,9 +105,11 @@ def plan(
     return out, [launch]
 
 
-def _rms_norm_triton(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+def _rms_norm_triton(
+    x: Tensor, weight: Tensor | None, eps: float, out: Tensor | None = None
+) -> Tensor:
     config = lookup("rms_norm", key(x), target_of(x.device))
-    out, launches = plan(config, x, weight, eps=eps)
+    out, launches = plan(config, x, weight, eps=eps, out=out)
     run(launches)
     return out
 
@@ -115,10 +129,13 @@ def _rms_norm_fake(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-torch.library.define("heatsink::rms_norm", "(Tensor x, Tensor? weight, float eps) -> Tensor")
+SCHEMA = "(Tensor x, Tensor? weight, float eps) -> Tensor"
+OUT = Out("rms_norm", SCHEMA, even_rows)
+torch.library.define("heatsink::rms_norm", SCHEMA)
 torch.library.impl("heatsink::rms_norm", "default", _rms_norm_torch)
 torch.library.impl("heatsink::rms_norm", "cuda", _rms_norm_triton)
 torch.library.register_fake("heatsink::rms_norm", _rms_norm_fake)
+OUT.define(_rms_norm_torch, _rms_norm_triton)
 _native.load()
 
 

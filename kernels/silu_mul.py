@@ -18,19 +18,21 @@ from heatsink.kernels._config import Config, Key, lookup, target_of
 from heatsink.kernels._exp import exp
 from heatsink.kernels._launch import Kernel, Launch, run
 from heatsink.kernels._op import Case, Inputs, Op, normal
+from heatsink.kernels._outs import Out, even_rows
 
 KERNEL = Kernel("silu_mul", module="silu_mul", plain=("rows",))
 
 
-def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+def silu_mul(gate: Tensor, up: Tensor, *, out: Tensor | None = None) -> Tensor:
     """`silu(gate) * up`, in fp32 with one rounding.
 
     Args:
         gate: `(..., W)`, fp16, bf16 or fp32.
         up: like `gate`.
+        out: memory for the result (`_outs.py`); `gate` or `up` itself, too.
 
     Returns:
-        `(..., W)`, contiguous, of the same dtype.
+        `(..., W)` of the same dtype: `out`, or contiguous.
 
     Raises:
         TypeError: if an argument is no tensor or its dtype is another.
@@ -41,8 +43,10 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     if not shape:
         raise ValueError("gate: expected (..., W), got a tensor without dimensions")
     check_shape("up", up, shape)
-    out: Tensor = torch.ops.heatsink.silu_mul(gate, up)
-    return out
+    if out is not None:
+        return OUT(gate, up, out)
+    new: Tensor = torch.ops.heatsink.silu_mul(gate, up)
+    return new
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -56,9 +60,12 @@ def key(gate: Tensor, up: Tensor) -> Key:
     return {"width": gate.shape[-1]}
 
 
-def plan(config: Config, gate: Tensor, up: Tensor) -> tuple[Tensor, list[Launch]]:
-    """The output and the launch that fills it."""
-    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+def plan(
+    config: Config, gate: Tensor, up: Tensor, out: Tensor | None = None
+) -> tuple[Tensor, list[Launch]]:
+    """The output, whose rows lie at one distance, and the launch that fills it."""
+    if out is None:
+        out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     gates, ups, outs = as_rows(gate), as_rows(up), as_rows(out)
     rows, width = gates.shape
     block_r, block_w = config["BLOCK_R"], config["BLOCK_W"]
@@ -83,9 +90,9 @@ def plan(config: Config, gate: Tensor, up: Tensor) -> tuple[Tensor, list[Launch]
     return out, [launch]
 
 
-def _silu_mul_triton(gate: Tensor, up: Tensor) -> Tensor:
+def _silu_mul_triton(gate: Tensor, up: Tensor, out: Tensor | None = None) -> Tensor:
     config = lookup("silu_mul", key(gate, up), target_of(gate.device))
-    out, launches = plan(config, gate, up)
+    out, launches = plan(config, gate, up, out)
     run(launches)
     return out
 
@@ -101,10 +108,13 @@ def _silu_mul_fake(gate: Tensor, up: Tensor) -> Tensor:
     return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
 
 
-torch.library.define("heatsink::silu_mul", "(Tensor gate, Tensor up) -> Tensor")
+SCHEMA = "(Tensor gate, Tensor up) -> Tensor"
+OUT = Out("silu_mul", SCHEMA, even_rows, whole=even_rows, in_place=2)
+torch.library.define("heatsink::silu_mul", SCHEMA)
 torch.library.impl("heatsink::silu_mul", "default", _silu_mul_torch)
 torch.library.impl("heatsink::silu_mul", "cuda", _silu_mul_triton)
 torch.library.register_fake("heatsink::silu_mul", _silu_mul_fake)
+OUT.define(_silu_mul_torch, _silu_mul_triton)
 _native.load()
 
 

@@ -30,6 +30,24 @@ def seed(request: pytest.FixtureRequest) -> int:
     return zlib.crc32(request.node.name.encode())
 
 
+@pytest.fixture
+def allocations() -> Callable[[Callable[[], Any]], int]:
+    """How often a call allocates a tensor's memory, as the allocator itself counts it.
+
+    The call is made once before it is counted: what grows once and is kept does not matter.
+    """
+    import torch
+
+    def count(call: Callable[[], Any]) -> int:
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        call()
+        with torch.profiler.profile(activities=activities, profile_memory=True) as found:
+            call()
+        return sum(event.self_cpu_memory_usage > 0 for event in found.events())
+
+    return count
+
+
 @pytest.fixture(scope="session")
 def tiny_sd1(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An SD1 pipeline's folder, under 4 MB: 64x64 pixels, 8x8 latents. Don't change it."""

@@ -13,6 +13,8 @@ from heatsink.runtime.graph.graph import BATCH, WEIGHT_KEY, Graph
 from heatsink.runtime.memory import Lifetime
 
 _ITEM = "{}:{}"
+_CONV2D = "heatsink.conv2d.default"
+_SIZE = "aten.sym_size.int"
 
 
 @dataclass
@@ -66,6 +68,16 @@ def lay_out(graph: Graph, batch: int) -> Layout:
     return layout
 
 
+def _read_as_image(node: fx.Node) -> bool:
+    """Whether only convolutions of this package read an input: they want channels innermost."""
+    readers = {str(user.target) for user in node.users} - {_SIZE}
+    return readers == {_CONV2D}
+
+
+def _image(value: Tensor) -> Tensor:
+    return value.contiguous(memory_format=torch.channels_last)
+
+
 class _Shapes(fx.Interpreter):
     """Runs the graph on meta tensors of the batch's size."""
 
@@ -85,7 +97,9 @@ class _Shapes(fx.Interpreter):
                 else self._captured.weights[held]
             )
             shape = [self._batch if size == BATCH else size for size in spec.shape]
-            given.append(torch.empty(shape, dtype=spec.dtype, device="meta"))
+            value = torch.empty(shape, dtype=spec.dtype, device="meta")
+            image = held is None and value.dim() == 4 and _read_as_image(node)
+            given.append(_image(value) if image else value)
         with torch.inference_mode():
             self.run(*given)
 

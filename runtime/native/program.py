@@ -10,8 +10,9 @@ from torch import Tensor, fx
 
 from heatsink.runtime.graph.graph import WEIGHT_KEY, Graph, module_path
 from heatsink.runtime.memory import Plan, plan
+from heatsink.runtime.native.calls import Calls
 from heatsink.runtime.native.layout import Layout, lay_out, name_of, tensors
-from heatsink.runtime.native.outs import OUTS, Step, unplanned
+from heatsink.runtime.native.outs import OUTS, unplanned
 
 
 class Arena:
@@ -67,7 +68,7 @@ class Program:
         self._arena = arena or Arena(self.memory.peak, self._device)
         self.batch = batch
         self.unplanned: list[tuple[str, str]] = []
-        self._steps: list[Step] = []
+        self._calls = Calls(self._device)
         self._values: dict[fx.Node, Any] = {}
         self._storages: dict[tuple[fx.Node, int], Tensor] = {}
         self.inputs: dict[str, Tensor] = {}
@@ -82,7 +83,12 @@ class Program:
     @property
     def launches(self) -> int:
         """Calls of a replay."""
-        return len(self._steps)
+        return self._calls.count
+
+    @property
+    def recorded(self) -> int:
+        """How many of them are made without Python."""
+        return self._calls.recorded
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copy the inputs in, replay, and return the outputs' static tensors."""
@@ -93,10 +99,13 @@ class Program:
         return self.outputs
 
     def replay(self) -> None:
-        """Compute the outputs from what lies in the inputs."""
+        """Compute the outputs from what lies in the inputs.
+
+        Raises:
+            RuntimeError: what an operator raised, behind its name and the path of its module.
+        """
         with torch.inference_mode():
-            for step in self._steps:
-                step()
+            self._calls.run()
 
     def _add(self, node: fx.Node, constants: Mapping[str, Tensor]) -> None:
         if node.op == "output":
@@ -123,11 +132,11 @@ class Program:
             out = tuple(self._place(node, place) for place in range(len(tensors(meta))))
         self._values[node] = out
         make = OUTS.get(target) if isinstance(meta, Tensor) else None
-        if make is None:
+        step = None if make is None else make(args, kwargs, out)
+        if step is None:
             self.unplanned.append((str(target), module_path(node)))
-            self._steps.append(unplanned(target, args, kwargs, out))
-        else:
-            self._steps.append(make(args, kwargs, out))
+            step = unplanned(target, args, kwargs, out)
+        self._calls.add(step, f"{target} of {module_path(node) or 'the model'}")
 
     def _value(self, value: Any) -> Any:
         if isinstance(value, fx.Node):

@@ -56,7 +56,7 @@ def use(run: Callable[..., Any], rows: dict[str, Any], **rest: Any) -> Use:
     return Use(run, rows, renamed, rest)
 
 
-def step(out: Tensor, **rows: Tensor) -> tuple[Tensor, Tensor]:
+def step(out: Tensor, **rows: Any) -> tuple[Tensor, Tensor]:
     """`guided_step` of samples that bring their two rows of `out` with them."""
     index = torch.arange(len(out), dtype=torch.int32, device=out.device)
     pairs = out.transpose(0, 1)

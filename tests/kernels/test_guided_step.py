@@ -51,7 +51,7 @@ ALL = pytest.mark.parametrize(
     [guided_step, module._guided_step_torch, module._guided_step_triton],
     ids=["op", "torch", "triton"],
 )
-Inputs = dict[str, Tensor]
+Inputs = dict[str, Any]
 Run = Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -232,3 +232,73 @@ def test_bad_arguments(changes: dict[str, Any], error: type[Exception], match: s
     inputs: dict[str, Any] = {**make((2, 4, 3, 3), torch.float32, 0), **changes}
     with pytest.raises(error, match=match):
         guided_step(**inputs)
+
+
+def by_default(*given: Tensor, results: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    module._guided_step_out_torch(*given, *results)
+    return results
+
+
+def by_launch(*given: Tensor, results: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    module._guided_step_out_triton(*given, *results)
+    return results
+
+
+RESULTS = pytest.mark.parametrize(
+    "run", [guided_step, by_default, by_launch], ids=["op", "torch", "triton"]
+)
+
+
+@RESULTS
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_results_in_given_memory(run: Run, dtype: torch.dtype, seed: int) -> None:
+    inputs = make((7, 3, 5, 7), dtype, seed)
+    wanted = guided_step(**inputs)
+    given = (torch.full_like(inputs["x"], torch.nan), torch.full_like(inputs["x"], torch.nan))
+    assert run(*inputs.values(), results=given) is given
+    assert_same(given, wanted)
+    # The next sample where this one was.
+    given = (inputs["x"], given[1])
+    assert_same(run(*inputs.values(), results=given), wanted)
+
+
+@RESULTS
+def test_memory_of_other_arguments_is_refused(run: Run, seed: int) -> None:
+    inputs = make((3, 4, 8, 8), torch.float32, seed)
+    x, other = inputs["x"], torch.empty_like(inputs["x"])
+    memory = torch.zeros(2 * x.numel())
+    inputs["out"] = inputs["out"].contiguous()
+    for results, name in (
+        ((other, x), "x0"),
+        ((other, inputs["x0_prev"]), "x0"),
+        ((inputs["x0_prev"], other), "x_next"),
+        ((inputs["out"][1:4], other), "x_next"),
+        ((other, other), "x0"),
+        ((memory[: x.numel()].view_as(x), memory[8 : 8 + x.numel()].view_as(x)), "x0"),
+    ):
+        with pytest.raises((RuntimeError, ValueError), match=f"{name}: expected memory apart"):
+            run(*inputs.values(), results=results)
+
+
+def test_results_that_do_not_fit_are_refused(seed: int) -> None:
+    inputs = make((3, 4, 8, 8), torch.float32, seed)
+    good = torch.empty(3, 4, 8, 8)
+    for bad, error, match in (
+        (good[1:], ValueError, "x0: expected shape"),
+        (good.half(), TypeError, "x0: expected torch.float32 like x"),
+        (torch.empty(3, 4, 8, 16)[..., ::2], ValueError, "x0: expected contiguous memory"),
+    ):
+        with pytest.raises(error, match=match):
+            guided_step(**inputs, results=(good, bad))
+
+
+def test_a_step_in_given_memory_allocates_nothing(
+    seed: int, allocations: Callable[..., int]
+) -> None:
+    if not _native.available():
+        pytest.skip("the extension is not in use")
+    inputs = make((7, 4, 8, 8), torch.float32, seed)
+    given = torch.empty_like(inputs["x"]), torch.empty_like(inputs["x"])
+    assert allocations(lambda: guided_step(**inputs, results=given)) == 0
+    assert allocations(lambda: guided_step(**inputs)) > 0
+    torch.library.opcheck(torch.ops.heatsink.guided_step_out, (*inputs.values(), *given))

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from heatsink.runtime.graph.capture import capture_module
+from heatsink.kernels import _native
+from heatsink.runtime.graph.capture import capture, capture_module
+from heatsink.runtime.graph.components import input_shapes
 from heatsink.runtime.graph.graph import Graph, TensorSpec
 from heatsink.runtime.memory import plan
+from heatsink.runtime.model import Model
 from heatsink.runtime.native.layout import lay_out
 from heatsink.runtime.native.program import Arena, Program
 
@@ -131,7 +134,9 @@ def test_the_plan_is_near_its_lower_bound(graphs: Callable[[str], Graph]) -> Non
         assert memory.peak <= 1.1 * memory.lower_bound
 
 
-def test_a_planned_program_allocates_nothing(capture_net: Callable[..., Graph]) -> None:
+def test_a_planned_program_allocates_nothing(
+    capture_net: Callable[..., Graph], allocations: Callable[..., int]
+) -> None:
     class Elementwise(nn.Module):
         def forward(self, x: Tensor) -> tuple[Tensor, ...]:
             return (torch.nn.functional.silu(x * 2.0 + x).sigmoid(),)
@@ -139,14 +144,65 @@ def test_a_planned_program_allocates_nothing(capture_net: Callable[..., Graph]) 
     graph = capture_net(Elementwise(), 64)
     program = Program(graph, 8, {})
     assert program.unplanned == []
-    assert _allocations(program.replay) == 0
+    assert allocations(program.replay) == 0
     # The count can see one.
-    assert _allocations(lambda: torch.zeros(100)) > 0
+    assert allocations(lambda: torch.zeros(100)) > 0
 
 
-def _allocations(call: Callable[[], Any]) -> int:
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    call()
-    with torch.profiler.profile(activities=activities, profile_memory=True) as found:
-        call()
-    return sum(event.self_cpu_memory_usage > 0 for event in found.events())
+class Ours(nn.Module):
+    """Ops of this package with another operator between them."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        ours = torch.ops.heatsink
+        h = ours.layer_norm(x, None, None, 1e-5, None, None)
+        both = torch.cat([h, ours.silu_mul(h, x)], dim=-1)
+        pixels = ours.geglu(both).view(-1, 4, 4, 2).permute(0, 3, 1, 2)
+        images = (pixels, 1, None, None, 1e-5, None, None, True)
+        return (ours.rms_norm(ours.group_norm_silu(*images), None, 1e-6),)
+
+
+def test_ops_of_this_package_run_in_a_row(capture_net: Callable[..., Graph], seed: int) -> None:
+    graph = capture_net(Ours(), 4, 8)
+    program = Program(graph, 3, {})
+    assert program.unplanned == []
+    assert program.launches == 6
+    if _native.available():
+        assert program.recorded == 5
+    for at in range(2):
+        x = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(seed + at))
+        assert torch.equal(program.run({"x": x})["y"], graph.run({"x": x})["y"])
+
+
+def test_an_error_names_the_operator_and_its_module(graph: Graph) -> None:
+    program = Program(graph, 1, _weights(graph))
+    with torch.inference_mode():
+        # Nothing lies there any more.
+        for value in program.inputs.values():
+            value.resize_(0)
+    with pytest.raises(RuntimeError, match=r"aten\.conv2d\.default of first: "):
+        program.replay()
+
+
+UNFUSED = {
+    "aten.linear.default",
+    "aten.conv2d.default",
+    "aten.scaled_dot_product_attention.default",
+    "aten.group_norm.default",
+    "aten.layer_norm.default",
+}
+
+
+@pytest.mark.parametrize("name", ["unet", "text_encoder", "vae_decoder"])
+def test_of_the_bundled_model_only_what_passes_replace_is_unplanned(name: str) -> None:
+    folder = Path(__file__).resolve().parents[3] / "models" / "emoji"
+    if not (folder / "model_index.json").is_file():
+        pytest.skip("the bundled model is not in this checkout")
+    model = Model.open(folder)
+    shapes = input_shapes(name, model.config(name), height=8, width=8, text_length=24)
+    graph = capture(
+        name, model.module(name), model.weights(name), model.buffers(name), example_shapes=shapes
+    )
+    program = Program(graph, 2, _weights(graph))
+    assert {operator for operator, _ in program.unplanned} <= UNFUSED
+    if name == "unet":
+        assert {operator for operator, _ in program.unplanned} == UNFUSED
