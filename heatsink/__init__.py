@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from heatsink.runtime.engine import Engine
 
 __version__ = "0.1.0"
-__all__ = ["Engine", "Request", "__version__", "build", "load"]
+__all__ = ["Engine", "Request", "__version__", "build", "load", "optimize", "restore"]
 
 _LAZY = {
     "Engine": "heatsink.runtime.engine",
@@ -31,6 +31,8 @@ _LAZY = {
     "Receipt": "heatsink.runtime.result",
     "Request": "heatsink.runtime.request",
     "Result": "heatsink.runtime.result",
+    "optimize": "heatsink.integrations.optimize",
+    "restore": "heatsink.integrations.optimize",
 }
 
 
