@@ -97,7 +97,7 @@ def optimize(
     for name, module in found.items():
         if name not in left:
             kind = type(module).__name__
-            # Past the pipeline's `__setattr__`, which would write this class into its configuration.
+            # Past the pipeline's `__setattr__`, which would write the class into its configuration.
             object.__setattr__(pipe, name, _KINDS[kind](module, name, spaces, dtype))
             replaced[name] = kind
     return Optimised(replaced, left)

@@ -90,6 +90,8 @@ class Replacement(nn.Module):
         super().__init__()
         self.training = False
         self.original = original
+        # By this and the class, pipelines write down which library a module is of.
+        self.__module__ = type(original).__module__
         self._component, self._spaces, self._precision = component, spaces, precision
         self._graphs: OrderedDict[Any, Graph] = OrderedDict()
         self._components: dict[Any, NativeComponent] = {}

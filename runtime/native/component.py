@@ -135,7 +135,7 @@ class NativeComponent:
                 same kind (float or integer): they are copied in.
 
         Returns:
-            The outputs by name, the caller's own; ordinary tensors, outside inference mode at least.
+            The outputs by name; they are the caller's own.
 
         Raises:
             InvalidRequest: an input is missing, unknown, of another shape or kind; no rows.
