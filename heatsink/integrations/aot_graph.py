@@ -86,7 +86,7 @@ def obstacle(gm: fx.GraphModule) -> str:
         if isinstance(value, Tensor):
             devices.add(value.device)
         if node.op == "get_attr" and not isinstance(getattr(gm, str(node.target), None), Tensor):
-            return f"{node.target} is no tensor"
+            return f"{node.target} is control flow, no tensor"
         if node.op in ("call_module", "call_method"):
             return f"{node.target} is no operator"
         if node.op == "call_function" and (why := _unfit(node)):
@@ -243,7 +243,7 @@ def _take_outputs(
     (output,) = (node for node in graph.nodes if node.op == "output")
     results: list[Any] = []
     strides: dict[str, tuple[int, ...]] = {}
-    kept = []
+    kept: list[fx.Node] = []
     returned: Any = output.args[0]
     for value in returned:
         if not isinstance(value, fx.Node):

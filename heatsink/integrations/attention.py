@@ -80,7 +80,8 @@ def _attend(attn: Any, hidden: Tensor, context: Tensor | None, mask: Tensor | No
     if attn.norm_k is not None:
         k = attn.norm_k(k)
     bias = None if mask is None else _bias(mask, q, k)
-    return hk.attention(q, k, v, scale=attn.scale, bias=bias).flatten(2)
+    out: Tensor = hk.attention(q, k, v, scale=attn.scale, bias=bias)
+    return out.reshape(*q.shape[:2], -1)
 
 
 def _bias(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:

@@ -51,8 +51,9 @@ def backend(
     """
     from torch._dynamo.backends.common import aot_autograd
 
-    if options:
-        raise InvalidRequest(f"backend 'heatsink': unknown options {sorted(options)}")
+    # torch.compile hands its `options` on as one.
+    if given := {**options.pop("options", {}), **options}:
+        raise InvalidRequest(f"backend 'heatsink': unknown options {sorted(given)}")
 
     def lower(lowered: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         return compile_lowered(lowered, arguments(gm, len(inputs)))

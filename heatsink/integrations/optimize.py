@@ -87,7 +87,7 @@ def optimize(
     """
     dtype = _precision(precision)
     _check_pipeline(pipe)
-    found = {name: getattr(pipe, name, None) for name in _names(pipe, components)}
+    found: dict[str, nn.Module] = {name: getattr(pipe, name) for name in _names(pipe, components)}
     for name, module in found.items():
         _check_state(name, module)
     left = {name: why for name, module in found.items() if (why := _obstacle(module))}

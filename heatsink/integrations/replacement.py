@@ -83,6 +83,8 @@ class Replacement(nn.Module):
     """
 
     kept: frozenset[str] = frozenset()
+    # Whatever class of a library it is of.
+    original: Any
 
     def __init__(
         self, original: nn.Module, component: str, spaces: Spaces, precision: torch.dtype | None
@@ -98,8 +100,8 @@ class Replacement(nn.Module):
         self._guard = threading.RLock()
 
     # Pipelines ask `isinstance(controlnet, ControlNetModel)`, and save by the class they find.
-    @property
-    def __class__(self) -> type:  # type: ignore[override]  # what `unittest.mock` does with a spec
+    @property  # type: ignore[misc]  # as `unittest.mock` does with a spec
+    def __class__(self) -> type:
         original = self.__dict__.get("_modules", {}).get("original")
         return type(self) if original is None else type(original)
 
@@ -139,7 +141,7 @@ class Replacement(nn.Module):
             return list(self._graphs.values())
 
     def _apply(self, fn: Any, recurse: bool = True) -> Replacement:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch gives it no types
         self._drop()
         return self
 
