@@ -80,8 +80,8 @@ def _attend(attn: Any, hidden: Tensor, context: Tensor | None, mask: Tensor | No
     if attn.norm_k is not None:
         k = attn.norm_k(k)
     bias = None if mask is None else _bias(mask, q, k)
-    out: Tensor = hk.attention(q, k, v, scale=attn.scale, bias=bias)
-    return out.reshape(*q.shape[:2], -1)
+    joined: Tensor = hk.attention(q, k, v, scale=attn.scale, bias=bias).flatten(2)
+    return joined
 
 
 def _bias(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -100,4 +100,4 @@ def _bias(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
         )
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
-    return mask.unflatten(0, (batch, -1)).to(q.dtype)
+    return mask.reshape(batch, -1, *mask.shape[1:]).to(q.dtype)

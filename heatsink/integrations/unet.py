@@ -170,9 +170,17 @@ class ControlNet(Replacement):
 
 
 def per_row(timestep: Tensor | float | int, sample: Tensor) -> Tensor:
-    """One float32 time a row: `(B,)` on the sample's device."""
-    times = torch.as_tensor(timestep, device=sample.device).to(torch.float32)
-    return times.reshape(-1).expand(sample.shape[0])
+    """One float32 time a row: `(B,)` on the sample's device.
+
+    Raises:
+        InvalidRequest: neither one time nor one for each row.
+    """
+    times = torch.as_tensor(timestep, device=sample.device).to(torch.float32).reshape(-1)
+    if len(times) not in (1, sample.shape[0]):
+        raise InvalidRequest(
+            f"argument 'timestep' wants 1 or {sample.shape[0]} times, got {len(times)}"
+        )
+    return times.expand(sample.shape[0])
 
 
 def added_inputs(

@@ -42,6 +42,12 @@ class Autoencoder(Replacement):
         }
     )  # fmt: skip
 
+    def _move_in(self) -> None:
+        """Let an offloading hook move the weights in: it knows only of `forward`."""
+        hook = getattr(self, "_hf_hook", None)
+        if hook is not None:
+            hook.pre_forward(self)
+
     def encode(self, x: Tensor, return_dict: bool = True) -> Any:
         """The posterior of images `(B, 3, H, W)`, as the original's `encode`.
 
@@ -52,6 +58,7 @@ class Autoencoder(Replacement):
         from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
         from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
+        self._move_in()
         vae = self.original
         if vae.use_tiling and max(x.shape[-2:]) > vae.tile_sample_min_size:
             return vae.encode(x, return_dict=return_dict)
@@ -70,6 +77,7 @@ class Autoencoder(Replacement):
         """
         from diffusers.models.autoencoders.vae import DecoderOutput
 
+        self._move_in()
         vae = self.original
         if vae.use_tiling and max(z.shape[-2:]) > vae.tile_latent_min_size:
             return vae.decode(z, return_dict=return_dict)

@@ -146,6 +146,15 @@ def test_inputs_of_another_dtype_and_gradients_are_refused(sd1: Pair) -> None:
         unet.train()
 
 
+def test_times_are_one_for_all_or_one_a_row(sd1: Pair) -> None:
+    plain, fast = sd1
+    given = {**unet_inputs(), "timestep": torch.tensor([3, 900])}
+    with torch.no_grad():
+        assert torch.allclose(fast.unet(**given).sample, plain.unet(**given).sample, atol=1e-5)
+    with pytest.raises(InvalidRequest, match="'timestep' wants 1 or 2 times, got 3"):
+        fast.unet(**{**given, "timestep": torch.tensor([3, 900, 4])})
+
+
 def test_sdxl_wants_its_conditions(sdxl: Pair) -> None:
     given = {**unet_inputs(), "encoder_hidden_states": torch.zeros(2, 16, 80)}
     with pytest.raises(InvalidRequest, match=r"added_cond_kwargs' wants \['text_embeds', 'time_i"):
@@ -231,6 +240,19 @@ def test_moving_and_casting_reach_the_original(make_sd1: Make) -> None:
     assert torch.allclose(again, full, atol=0.1)
     # The float32 graph is the one from before.
     assert len(pipe.vae.graphs()) == 2
+
+
+def test_an_offloading_hook_moves_the_weights_in_first(make_sd1: Make) -> None:
+    class Hook:
+        def pre_forward(self, module: Any) -> None:
+            module.to(dtype=torch.bfloat16)
+
+    pipe = make_sd1()
+    heatsink.optimize(pipe, components=["vae"])
+    pipe.vae._hf_hook = Hook()
+    with torch.no_grad():
+        found = pipe.vae.decode(torch.rand(1, 4, 4, 4).bfloat16()).sample
+    assert found.dtype == torch.bfloat16
 
 
 def test_precision_is_what_the_program_computes_in(make_sd1: Make) -> None:
