@@ -1,10 +1,11 @@
 """`torch.compile(model, backend="heatsink")`: inference on programs with planned memory.
 
-`aot_autograd` lowers what torch.compile traced to ATen operators, which become one program for each
-set of sizes. Parameters and buffers are used where they lie; one that changes between calls is
-copied in from then on, like any other argument. A graph that can't be a program (random numbers,
-writes, control flow, sizes that depend on data, several devices) runs as it was lowered, and a
-warning says so and why. A graph that needs a gradient is refused.
+`aot_autograd` lowers what torch.compile traced to ATen operators; they are put together to those
+that the passes know (`runtime/graph/passes/compose.py`), and become one program for each set of
+sizes. Parameters and buffers are used where they lie; one that changes between calls is copied in
+from then on, like any other argument. A graph that can't be a program (random numbers, writes,
+control flow, sizes that depend on data, several devices) runs as it was lowered, and a warning says
+so and why. A graph that needs a gradient is refused.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from heatsink.integrations.aot_graph import (
     obstacle,
 )
 from heatsink.runtime.errors import HeatsinkError, InvalidRequest, NotBuilt
+from heatsink.runtime.graph.passes.compose import compose_operators
 from heatsink.runtime.native.component import NativeComponent, Workspace
 
 _log = logging.getLogger(__name__)
@@ -153,7 +155,7 @@ class Lowered:
             component = NativeComponent(
                 converted.graph,
                 device=self._workspace.device,
-                passes=PASSES,
+                passes=(compose_operators, *PASSES),
                 workspace=self._workspace,
             )
             # Built now, so that what does not work shows here.
