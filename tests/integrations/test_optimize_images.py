@@ -72,12 +72,11 @@ def test_slicing_decodes_a_row_at_a_time(sd1: Pair, same_images: Same) -> None:
     for pipe in sd1:
         pipe.vae.enable_slicing()
     try:
-        programs = [c for c in fast.vae._components.values() if "image" in c.graph.outputs]
-        for program in programs:
-            program.drop_programs()
+        for component in fast.vae._components.values():
+            component.drop_programs()
         same_images(sd1, prompt=["a red apple"] * 3)
-        (decoder,) = (c for c in programs if c.graph.inputs["latents"].shape[2:] == (8, 8))
-        assert decoder.batches == [1]
+        decoders = [c for c in fast.vae._components.values() if "latents" in c.graph.inputs]
+        assert [c.batches for c in decoders if c.batches] == [[1]]
     finally:
         for pipe in sd1:
             pipe.vae.disable_slicing()
