@@ -14,6 +14,8 @@ class _Decoder(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+        # A copy: slices are taken outside, and would fix the batch here.
+        model.use_slicing = model.use_tiling = False
 
     def forward(self, latents: Tensor) -> tuple[Tensor, ...]:
         return (self.model.decode(latents, return_dict=False)[0],)
