@@ -181,14 +181,14 @@ def test_the_autoencoder_forward_and_tiling(sd1: Pair) -> None:
 
 def test_slicing_may_be_on_before(make_sd1: Make) -> None:
     pipe = make_sd1()
-    pipe.enable_vae_slicing()
+    pipe.vae.enable_slicing()
     heatsink.optimize(pipe, components=["vae"])
     latents = torch.rand(3, 4, 4, 4, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         wanted = pipe.vae.original.decode(latents).sample
         sliced = pipe.vae.decode(latents).sample
         assert pipe.vae.use_slicing
-        pipe.disable_vae_slicing()
+        pipe.vae.disable_slicing()
         whole = pipe.vae.decode(latents).sample
     assert torch.allclose(sliced, wanted, atol=1e-5)
     assert torch.allclose(whole, wanted, atol=1e-5)
