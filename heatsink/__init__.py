@@ -23,7 +23,16 @@ if TYPE_CHECKING:
     from heatsink.runtime.pristine import Keep
 
 __version__ = "0.1.0"
-__all__ = ["Engine", "Request", "__version__", "adapters", "build", "load"]
+__all__ = [
+    "Engine",
+    "Request",
+    "__version__",
+    "adapters",
+    "build",
+    "load",
+    "optimize",
+    "restore",
+]
 
 _LAZY = {
     "Engine": "heatsink.runtime.engine",
@@ -34,6 +43,8 @@ _LAZY = {
     "Receipt": "heatsink.runtime.result",
     "Request": "heatsink.runtime.request",
     "Result": "heatsink.runtime.result",
+    "optimize": "heatsink.integrations.optimize",
+    "restore": "heatsink.integrations.optimize",
 }
 
 

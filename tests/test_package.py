@@ -160,6 +160,7 @@ def test_wheel_holds_real_files_and_no_weights(source_tree: Path, tmp_path: Path
     assert package == source_files(source_tree)
     assert any(name.endswith("licenses/LICENSE") for name in packed)
     assert b"heatsink = heatsink.cli:main" in entry_points
+    assert b"heatsink = heatsink.integrations.dynamo:backend" in entry_points
 
 
 def test_source_distribution_builds_the_same_wheel(source_tree: Path, tmp_path: Path) -> None:

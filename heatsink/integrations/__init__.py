@@ -1,1 +1,1 @@
-"""Heatsink inside other libraries."""
+"""Heatsink inside other libraries: diffusers' pipelines, torch.compile, attention processors."""

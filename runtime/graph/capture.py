@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -123,7 +124,7 @@ def _export(component: str, wrapper: nn.Module, inputs: Mapping[str, TensorSpec]
     try:
         with torch.no_grad():
             program = torch.export.export(
-                wrapper, tuple(examples), dynamic_shapes=tuple(shapes), strict=False
+                wrapper, tuple(examples), dynamic_shapes=_as_bound(wrapper, shapes), strict=False
             )
             if _mutates(program.graph):
                 program = program.run_decompositions({})
@@ -133,6 +134,12 @@ def _export(component: str, wrapper: nn.Module, inputs: Mapping[str, TensorSpec]
             f"{component}: torch.export can't capture {type(wrapper).__name__}: {error}"
         ) from error
     return program
+
+
+def _as_bound(wrapper: nn.Module, shapes: list[Any]) -> tuple[Any, ...]:
+    """One entry an argument; `*values` are one argument."""
+    kinds = [p.kind for p in inspect.signature(wrapper.forward).parameters.values()]
+    return (tuple(shapes),) if kinds == [inspect.Parameter.VAR_POSITIONAL] else tuple(shapes)
 
 
 def _mutates(graph: fx.Graph) -> bool:

@@ -1,0 +1,175 @@
+"""A component as programs, one a batch size, made when they are first needed."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from heatsink.runtime.errors import InvalidRequest
+from heatsink.runtime.graph.graph import BATCH, Graph
+from heatsink.runtime.graph.passes import run_passes
+from heatsink.runtime.graph.passes.protocol import Pass
+from heatsink.runtime.memory import Plan, plan
+from heatsink.runtime.native.layout import Layout, lay_out
+from heatsink.runtime.native.program import Arena, Program
+
+
+class Workspace:
+    """One arena for components that never run at the same time, and the lock that sees to it.
+
+    The arena grows to the largest plan it has met and never shrinks. Growing moves it, so the
+    programs on it are dropped, and built again when they are next needed; `reserve` plans for a
+    largest batch beforehand.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.lock = threading.RLock()
+        self.arena = Arena(0, self.device)
+        self._users: weakref.WeakSet[NativeComponent] = weakref.WeakSet()
+
+    @property
+    def bytes(self) -> int:
+        """What the arena holds now."""
+        return self.arena.memory.numel()
+
+    def join(self, component: NativeComponent) -> None:
+        """Let a component build programs on the arena."""
+        self._users.add(component)
+
+    def fit(self, size: int) -> Arena:
+        """The arena, grown if it is smaller than `size` bytes."""
+        if self.bytes < size:
+            for component in self._users:
+                component.drop_programs()
+            # The old one is freed before the larger one is asked for.
+            self.arena = Arena(0, self.device)
+            self.arena = Arena(size, self.device)
+        return self.arena
+
+
+class NativeComponent:
+    """Runs a graph at any batch size; several threads may call it.
+
+    Weights are loaded once, for the first program, and used where they lie if they have the graph's
+    dtype and lie on the device already. Programs share them and the workspace's arena.
+
+    Attributes:
+        graph: after the passes.
+        workspace: its arena and lock.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        *,
+        device: torch.device | str = "cpu",
+        passes: Sequence[Pass] = (),
+        workspace: Workspace | None = None,
+    ) -> None:
+        """Take the graph; nothing is loaded or built yet.
+
+        Args:
+            graph: valid; it is not changed. It computes in its own dtype.
+            device: where it runs.
+            passes: run on a copy of the graph first.
+            workspace: shared with other components, on the same device; its own by default.
+
+        Raises:
+            ValueError: the workspace is on another device.
+        """
+        self.workspace = workspace or Workspace(device)
+        if self.workspace.device != torch.device(device):
+            raise ValueError(
+                f"workspace: expected one on {torch.device(device)}, "
+                f"got one on {self.workspace.device}"
+            )
+        self.graph = run_passes(graph, passes)
+        self._constants: dict[str, Tensor] = {}
+        self._plans: dict[int, tuple[Layout, Plan]] = {}
+        self._programs: dict[int, Program] = {}
+        self.workspace.join(self)
+
+    @property
+    def batches(self) -> list[int]:
+        """The batch sizes that have a program now."""
+        return sorted(self._programs)
+
+    def reserve(self, batch: int) -> None:
+        """Grow the arena for this batch size, so that smaller programs stay when it comes."""
+        with self.workspace.lock:
+            self.workspace.fit(self._planned(batch)[1].peak)
+
+    def drop_programs(self) -> None:
+        """Forget the programs; they are built again when they are next needed."""
+        self._programs.clear()
+
+    def program(self, batch: int) -> Program:
+        """The program of a batch size; hold `workspace.lock` while you use it."""
+        with self.workspace.lock:
+            layout, memory = self._planned(batch)
+            arena = self.workspace.fit(memory.peak)
+            if batch not in self._programs:
+                if not self._constants:
+                    self._constants = self._load()
+                self._programs[batch] = Program(
+                    self.graph,
+                    batch,
+                    self._constants,
+                    layout=layout,
+                    memory=memory,
+                    arena=arena,
+                    device=self.workspace.device,
+                )
+            return self._programs[batch]
+
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Compute the outputs.
+
+        Args:
+            inputs: every input by name, of the specified shape; on any device, of any dtype of the
+                same kind (float or integer): they are copied in.
+
+        Returns:
+            The outputs by name; they are the caller's own.
+
+        Raises:
+            InvalidRequest: an input is missing, unknown, of another shape or kind; no rows.
+        """
+        batch = self._rows(inputs)
+        with self.workspace.lock:
+            found = self.program(batch).run(inputs)
+            return {name: value.clone() for name, value in found.items()}
+
+    def _rows(self, inputs: Mapping[str, Tensor]) -> int:
+        self.graph.check_inputs(inputs)
+        rows = 1
+        for name, spec in self.graph.inputs.items():
+            value = inputs[name]
+            if value.is_floating_point() != spec.dtype.is_floating_point:
+                raise InvalidRequest(
+                    f"{self.graph.component}: input {name!r} wants {spec.dtype}, got {value.dtype}"
+                )
+            if BATCH in spec.shape:
+                rows = value.shape[spec.shape.index(BATCH)]
+        if rows < 1:
+            raise InvalidRequest(f"{self.graph.component}: expected at least 1 row, got {rows}")
+        return rows
+
+    def _load(self) -> dict[str, Tensor]:
+        device = self.workspace.device
+        with torch.no_grad():
+            return {
+                name: weight.load().detach().to(device)
+                for name, weight in self.graph.weights.items()
+            }
+
+    def _planned(self, batch: int) -> tuple[Layout, Plan]:
+        if batch not in self._plans:
+            layout = lay_out(self.graph, batch)
+            self._plans[batch] = layout, plan(layout.lifetimes)
+        return self._plans[batch]
