@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from heatsink.export.components import PASSES
 from heatsink.integrations.aot_graph import (
     Argument,
     Converted,
@@ -28,7 +29,6 @@ from heatsink.integrations.aot_graph import (
 )
 from heatsink.runtime.errors import HeatsinkError, InvalidRequest, NotBuilt
 from heatsink.runtime.graph.passes.compose import compose_operators
-from heatsink.runtime.graph.passes.pipeline import PASSES_NATIVE
 from heatsink.runtime.native.component import NativeComponent, Workspace
 
 _log = logging.getLogger(__name__)
@@ -155,7 +155,7 @@ class Lowered:
             component = NativeComponent(
                 converted.graph,
                 device=self._workspace.device,
-                passes=(compose_operators, *PASSES_NATIVE),
+                passes=(compose_operators, *PASSES),
                 workspace=self._workspace,
             )
             # Built now, so that what does not work shows here.
