@@ -117,6 +117,102 @@ def test_a_launch_that_fails_half_way_is_undone(
     assert [weight for _, weight in merger.applied] == [1.0]
 
 
+def interrupted(monkeypatch: pytest.MonkeyPatch, times: int) -> list[int]:
+    """Break off right after the weights were written, and then before they are written again.
+
+    `times` times; returns what is left.
+    """
+    plain, left = Merger._merge.__globals__["lora_merge"], [times]
+
+    def then(base: list[Tensor], out: list[Tensor], terms: list[object]) -> None:
+        again = left[0] < times
+        if not (left[0] and again):
+            plain(base, out, terms)
+        if left[0]:
+            left[0] -= 1
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(Merger._merge.__globals__, "lora_merge", then)
+    return left
+
+
+def test_a_merge_that_is_interrupted_is_undone(
+    tools: Any, tiny_sd1: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(seed)
+    merger = Merger(live := tools.weights_of(tools.unet_of(tiny_sd1)))
+    first, second = tools.adapter(live, tools.paths[:3]), tools.adapter(live, tools.paths[2:])
+    base = merger.digest()
+    left = interrupted(monkeypatch, 1)
+    with pytest.raises(KeyboardInterrupt):
+        merger.apply([(first, 1.0)])
+    assert (merger.digest(), merger.applied, merger.torn) == (base, [], [])
+    merger.apply([(first, 1.0)])
+    merged, applied = merger.digest(), merger.applied
+    for call in (lambda: merger.apply([(second, 1.0)]), merger.remove):
+        left[0] = 1
+        with pytest.raises(KeyboardInterrupt):
+            call()
+        assert (merger.digest(), merger.applied, merger.torn) == (merged, applied, [])
+    assert left == [0]
+    merger.remove()
+    assert merger.digest() == base
+
+
+@pytest.mark.parametrize("heal", ["remove", "release", "apply", "apply none"])
+@pytest.mark.parametrize("started", [False, True])
+def test_a_merge_whose_undoing_fails_is_healed_by_the_next(
+    heal: str,
+    started: bool,
+    tools: Any,
+    tiny_sd1: Path,
+    seed: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(seed)
+    merger = Merger(live := tools.weights_of(tools.unet_of(tiny_sd1)))
+    # Neither has a weight of the other: only its being torn makes the next write it.
+    first, second = tools.adapter(live, tools.paths[:3]), tools.adapter(live, tools.paths[3:])
+    base = merger.digest()
+    merger.apply([(second, 1.0)])
+    wanted = merger.digest()
+    merger.remove()
+    if started:
+        merger.apply([(second, 0.5)])
+    before = merger.digest()
+    interrupted(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        merger.apply([(first, 1.0)])
+    assert merger.digest() != before
+    assert set(merger.torn) >= {f"unet.{path}.weight" for path in tools.paths[:3]}
+    if heal.startswith("apply"):
+        merger.apply([(second, 1.0)] if heal == "apply" else [])
+    else:
+        getattr(merger, heal)()
+    assert merger.digest() == (wanted if heal == "apply" else base)
+    assert merger.torn == []
+    merger.remove()
+    assert merger.digest() == base
+
+
+def test_a_torn_weight_that_is_cast_comes_back_pristine(
+    tools: Any, tiny_sd1: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(seed)
+    unet = tools.unet_of(tiny_sd1)
+    live = tools.weights_of(unet)
+    wanted = {key: value.detach().to(torch.bfloat16) for key, value in live.items()}
+    merger, deltas = Merger(live), tools.adapter(live, tools.paths)
+    interrupted(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        merger.apply([(deltas, 1.0)])
+    unet.to(torch.bfloat16)
+    with pytest.raises(AdapterError, match=r"remove\(\) first"):
+        merger.apply([(deltas, 1.0)])
+    merger.remove()
+    assert all(torch.equal(live[key], value) for key, value in wanted.items())
+
+
 def test_weights_that_were_cast_or_moved_meanwhile(tools: Any, tiny_sd1: Path, seed: int) -> None:
     torch.manual_seed(seed)
     unet = tools.unet_of(tiny_sd1)
