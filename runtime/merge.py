@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from heatsink.kernels.lora_merge import Term, lora_merge
-from heatsink.runtime.adapter_delta import AdapterDelta, digest_deltas
+from heatsink.runtime.adapter_delta import AdapterDelta, digest_deltas, owned
 from heatsink.runtime.errors import AdapterError, NonFiniteWeights
 from heatsink.runtime.graph.weight import Origin
 from heatsink.runtime.merge_gate import MergeGate
@@ -34,7 +34,7 @@ class Prepared:
     """An adapter ready to be merged: checked, on the devices of the weights it changes.
 
     Attributes:
-        deltas: as they came.
+        deltas: copies of those that came.
         parts: what they do to live weights.
     """
 
@@ -115,10 +115,12 @@ class Merger:
     def prepare(self, deltas: Iterable[AdapterDelta]) -> Prepared:
         """Check an adapter and bring it to the weights' devices, so that `apply` need not.
 
+        Its values are copied: what happens to these tensors or their file later changes nothing.
+
         Raises:
             AdapterError: `refused` maps each module that doesn't fit, or holds NaN, to its reason.
         """
-        deltas = tuple(deltas)
+        deltas = tuple(owned(deltas))
         _check_finite(deltas)
 
         def on(tensor: Tensor, device: torch.device) -> Tensor:

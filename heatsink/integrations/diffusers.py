@@ -21,7 +21,7 @@ from torch import nn
 
 from heatsink.integrations.pipeline_modules import components_of, layers_of, targets_of
 from heatsink.integrations.row_adapters import RowAdapters
-from heatsink.runtime.adapter_delta import AdapterDelta, digest_deltas
+from heatsink.runtime.adapter_delta import AdapterDelta, digest_deltas, owned
 from heatsink.runtime.adapter_file import inspect_adapter
 from heatsink.runtime.adapter_receipt import AdapterReceipt
 from heatsink.runtime.errors import AdapterError, CallerError, InvalidRequest, UnknownAdapter
@@ -131,10 +131,14 @@ class Adapters:
             receipt, deltas = inspect_adapter(file, self._targets, ignore=ignore)
             if not receipt.accepted:
                 raise AdapterError(receipt.refusal(), receipt.refused)
-            digest = receipt.digest or digest_deltas(deltas)
+            # The file may be written again later, in the memory that it is mapped to.
+            deltas = owned(deltas)
+            digest = digest_deltas(deltas)
+            if digest != receipt.digest:
+                raise AdapterError(f"{file} was written while it was read")
             self._receipts[name] = receipt
         else:
-            deltas = list(file)
+            deltas = owned(file)
             self._merger.costs(deltas)  # Raises where a target is unknown or of another shape.
             digest = digest_deltas(deltas)
         self._deltas[name], self._digests[name] = deltas, digest
@@ -242,6 +246,8 @@ class Adapters:
         for name, _ in chosen:
             if name not in self._prepared:
                 self._prepared[name] = self._merger.prepare(self._deltas[name])
+                # One copy is enough.
+                self._deltas[name] = list(self._prepared[name].deltas)
         self._merger.apply([(self._prepared[name], w) for name, w in chosen], check=True)
         self._stop_rows()
 

@@ -189,6 +189,41 @@ def test_networks_shared_by_pipelines_have_one_owner(sd1: Any) -> None:
         heatsink.adapters(sd1)
 
 
+@pytest.mark.parametrize("choice", [{"a": 1.0}, [{"a": 1.0}]])
+@pytest.mark.parametrize("change", ["overwritten", "truncated"])
+def test_what_was_added_does_not_change_with_its_file(
+    choice: Any,
+    change: str,
+    sd1: Any,
+    deltas_for: Make,
+    latents_of: Any,
+    tmp_path: Path,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    file, noise = tmp_path / "a.safetensors", torch.randn(1, 4, 8, 8)
+    write_adapter(file, deltas_for(sd1))
+    adapters = heatsink.adapters(sd1)
+    digest = adapters.add("a", file)
+    adapters.use(choice)
+    wanted, merged = latents_of(sd1, PROMPTS[:1], noise), state(sd1)
+    adapters.remove()
+    adapters.drop("a")
+    adapters.add("a", file)
+    # In place: what is mapped has these bytes from now on, or none.
+    with file.open("r+b") as opened:
+        if change == "truncated":
+            opened.truncate(64)
+        else:
+            start = int.from_bytes(opened.read(8), "little") + 8
+            opened.seek(start)
+            opened.write(bytes(file.stat().st_size - start))
+    assert adapters.digests == {"a": digest}
+    adapters.use(choice)
+    assert same(state(sd1), merged)
+    assert torch.equal(latents_of(sd1, PROMPTS[:1], noise), wanted)
+
+
 def test_names_and_choices_are_checked(sd1: Any, deltas_for: Make, seed: int) -> None:
     torch.manual_seed(seed)
     adapters, base = heatsink.adapters(sd1), state(sd1)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from heatsink.runtime.adapter_delta import AdapterDelta
+from heatsink.runtime.adapter_delta import AdapterDelta, digest_deltas
 from heatsink.runtime.errors import AdapterError, CallerError, MergeTimeout, NonFiniteWeights
 from heatsink.runtime.merge import Merger
 from heatsink.runtime.model import Model
@@ -259,6 +259,25 @@ def test_weights_that_are_written_while_no_adapter_is_in_them(
     assert merger.digest() == merged
     merger.remove()
     assert all(torch.equal(live[f"unet.{name}"], value) for name, value in others.items())
+
+
+def test_what_was_prepared_does_not_change_with_its_tensors(
+    tools: Any, tiny_sd1: Path, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    merger = Merger(live := tools.weights_of(tools.unet_of(tiny_sd1)))
+    deltas = tools.adapter(live, tools.paths, dora=True)
+    prepared, digest = merger.prepare(deltas), digest_deltas(deltas)
+    merger.apply([(prepared, 1.0)])
+    wanted = merger.digest()
+    other = Merger(tools.weights_of(tools.unet_of(tiny_sd1)))
+    prepared = other.prepare(deltas)
+    for delta in deltas:
+        assert delta.magnitude is not None
+        for values in (delta.a, delta.b, delta.magnitude):
+            values.zero_()
+    other.apply([(prepared, 1.0)])
+    assert (other.digest(), other.applied) == (wanted, [(digest, 1.0)])
 
 
 def test_weights_with_holes_in_memory_are_refused() -> None:
