@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from heatsink.integrations.pipeline_calls import PipelineCalls
 from heatsink.integrations.pipeline_modules import components_of, layers_of, targets_of
 from heatsink.integrations.row_adapters import RowAdapters
 from heatsink.runtime.adapter_delta import AdapterDelta, digest_deltas, owned
@@ -26,6 +28,7 @@ from heatsink.runtime.adapter_file import inspect_adapter
 from heatsink.runtime.adapter_receipt import AdapterReceipt
 from heatsink.runtime.errors import AdapterError, CallerError, InvalidRequest, UnknownAdapter
 from heatsink.runtime.merge import Merger, Prepared
+from heatsink.runtime.merge_gate import MergeGate
 from heatsink.runtime.merge_terms import weight_key
 from heatsink.runtime.model import Model
 from heatsink.runtime.pristine import ComponentSource, Cost, Keep
@@ -73,6 +76,8 @@ class Adapters:
         self._prepared: dict[str, Prepared] = {}
         self._rows: RowAdapters | None = None
         self._choice: Choice = None
+        self._gate = MergeGate()
+        self._calls = PipelineCalls(pipe, self._call)
         for component, module in self._modules.items():
             if module in _HOLDERS:
                 raise AdapterError(
@@ -80,6 +85,7 @@ class Adapters:
                     " close() them first"
                 )
         self._merger = self._new_merger(keep, model)
+        self._calls.start()
         vars(pipe)[_ATTRIBUTE] = self
         _HOLDERS.update(dict.fromkeys(self._modules.values(), weakref.ref(self)))
 
@@ -97,6 +103,14 @@ class Adapters:
     def receipts(self) -> dict[str, AdapterReceipt]:
         """What became of every key of the files that were added."""
         return dict(self._receipts)
+
+    @property
+    def gate(self) -> MergeGate:
+        """What every call of the pipeline holds, and changes of what is in use wait for.
+
+        Whoever runs networks of the pipeline without calling it holds `gate.request()` meanwhile.
+        """
+        return self._gate
 
     @property
     def in_use(self) -> Choice:
@@ -169,64 +183,93 @@ class Adapters:
 
     def keep(self, keep: Keep, model: Model | None = None) -> None:
         """Keep pristine weights elsewhere from now on; what is in use is removed."""
-        self._check_open()
-        merger = self._new_merger(keep, model)
-        self.remove()
-        self._merger.release()
-        self._merger = merger
-        self._prepared.clear()
+        with self._alone(None):
+            merger = self._new_merger(keep, model)
+            self._remove()
+            self._merger.release()
+            self._merger = merger
+            self._prepared.clear()
 
-    def use(self, choice: Choice) -> None:
-        """Apply adapters to what the pipeline computes from now on; never while it runs.
+    def use(self, choice: Choice, *, timeout: float | None = None) -> None:
+        """Apply adapters to what the pipeline computes from now on.
+
+        Waits until the calls of the pipeline that are under way in other threads are over.
 
         Args:
             choice: names and weights: for all images, merged into the weights in place; a list of
                 them, or None, by prompt, in one batch; None: the base model. Weight 0 is none. The
                 order of the names does not matter.
+            timeout: seconds to wait; None waits for ever.
 
         Raises:
             AdapterError: an adapter can't be applied so, or something came between weights and
                 computation. Nothing is changed.
             NonFiniteWeights: a merged weight overflowed. Nothing is changed.
             UnknownAdapter: a name is unknown.
+            MergeTimeout: calls took longer. Nothing is changed.
+            WaitsForItself: this is called from inside of a call. Nothing is changed.
         """
-        self._check_open()
-        if choice is None:
-            self.remove()
-            return
-        components_of(self._pipe)
-        if isinstance(choice, Mapping):
-            self._merge(self._sorted(choice))
-        elif isinstance(choice, Sequence) and not isinstance(choice, str) and choice:
-            self._use_rows([self._sorted(row or {}) for row in choice])
-        else:
-            raise InvalidRequest(
-                f"use takes names with weights, a list of those by prompt, or None; got {choice!r}"
-            )
-        self._choice = dict(choice) if isinstance(choice, Mapping) else list(choice)
+        with self._alone(timeout):
+            if choice is None:
+                self._remove()
+                return
+            components_of(self._pipe)
+            if isinstance(choice, Mapping):
+                self._merge(self._sorted(choice))
+            elif isinstance(choice, Sequence) and not isinstance(choice, str) and choice:
+                self._use_rows([self._sorted(row or {}) for row in choice])
+            else:
+                raise InvalidRequest(
+                    "use takes names with weights, a list of those by prompt, or None; got"
+                    f" {choice!r}"
+                )
+            self._choice = dict(choice) if isinstance(choice, Mapping) else list(choice)
 
-    def remove(self) -> None:
-        """The base model again, bit by bit: hooks go, weights are put back."""
-        self._check_open()
-        self._merger.remove()
-        self._stop_rows()
-        self._choice = None
+    def remove(self, *, timeout: float | None = None) -> None:
+        """The base model again, bit by bit: hooks go, weights are put back.
+
+        Waits, and raises, as `use` does.
+        """
+        with self._alone(timeout):
+            self._remove()
 
     def close(self) -> None:
-        """Leave the pipeline as it was found."""
+        """Leave the pipeline as it was found; waits until its calls are over."""
         if vars(self._pipe).get(_ATTRIBUTE) is not self:
             return
-        self.remove()
-        self._merger.release()
-        del vars(self._pipe)[_ATTRIBUTE]
-        for module in self._modules.values():
-            del _HOLDERS[module]
+        with self._alone(None):
+            self._remove()
+            self._merger.release()
+            del vars(self._pipe)[_ATTRIBUTE]
+            for module in self._modules.values():
+                del _HOLDERS[module]
+            self._calls.stop()
 
     def __enter__(self) -> Adapters:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @contextmanager
+    def _call(self) -> Iterator[None]:
+        """What a call of the pipeline is inside of."""
+        with self._gate.request():
+            yield
+
+    @contextmanager
+    def _alone(self, timeout: float | None) -> Iterator[None]:
+        """No call is under way, and none begins."""
+        self._check_open()
+        with self._gate.merge(timeout):
+            # Another thread may have been first.
+            self._check_open()
+            yield
+
+    def _remove(self) -> None:
+        self._merger.remove()
+        self._stop_rows()
+        self._choice = None
 
     def _new_merger(self, keep: Keep, model: Model | None) -> Merger:
         live = {

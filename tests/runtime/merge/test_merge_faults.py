@@ -149,7 +149,8 @@ def test_a_merge_that_is_interrupted_is_undone(
     assert (merger.digest(), merger.applied, merger.torn) == (base, [], [])
     merger.apply([(first, 1.0)])
     merged, applied = merger.digest(), merger.applied
-    for call in (lambda: merger.apply([(second, 1.0)]), merger.remove):
+    calls: list[Callable[[], None]] = [lambda: merger.apply([(second, 1.0)]), merger.remove]
+    for call in calls:
         left[0] = 1
         with pytest.raises(KeyboardInterrupt):
             call()
