@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -93,6 +94,11 @@ class Merger:
     def applied(self) -> list[tuple[str, float]]:
         """Digest and weight of every adapter in the live weights, but for those of `torn`."""
         return [(prepared.digest, weight) for prepared, weight in self._applied]
+
+    @property
+    def live(self) -> Mapping[str, Tensor]:
+        """The weights that are written."""
+        return MappingProxyType(self._live)
 
     @property
     def torn(self) -> list[str]:

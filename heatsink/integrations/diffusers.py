@@ -21,7 +21,14 @@ from typing import Any
 from torch import nn
 
 from heatsink.integrations.pipeline_calls import PipelineCalls
-from heatsink.integrations.pipeline_modules import components_of, layers_of, targets_of
+from heatsink.integrations.pipeline_modules import (
+    check_held,
+    check_networks,
+    check_weights,
+    components_of,
+    targets_of,
+    weights_of,
+)
 from heatsink.integrations.row_adapters import RowAdapters
 from heatsink.runtime.adapter_delta import AdapterDelta, digest_deltas, owned
 from heatsink.runtime.adapter_file import inspect_adapter
@@ -29,7 +36,6 @@ from heatsink.runtime.adapter_receipt import AdapterReceipt
 from heatsink.runtime.errors import AdapterError, CallerError, InvalidRequest, UnknownAdapter
 from heatsink.runtime.merge import Merger, Prepared
 from heatsink.runtime.merge_gate import MergeGate
-from heatsink.runtime.merge_terms import weight_key
 from heatsink.runtime.model import Model
 from heatsink.runtime.pristine import ComponentSource, Cost, Keep
 
@@ -214,6 +220,8 @@ class Adapters:
                 self._remove()
                 return
             components_of(self._pipe)
+            check_networks(self._pipe, self._modules)
+            check_weights(self._modules, self._merger.live)
             if isinstance(choice, Mapping):
                 self._merge(self._sorted(choice))
             elif isinstance(choice, Sequence) and not isinstance(choice, str) and choice:
@@ -255,6 +263,15 @@ class Adapters:
     def _call(self) -> Iterator[None]:
         """What a call of the pipeline is inside of."""
         with self._gate.request():
+            if self._merger.torn:
+                raise AdapterError(
+                    "a merge was broken off half way, and so was its undoing: use() or remove()"
+                    " first"
+                )
+            if self._choice is not None:
+                check_networks(self._pipe, self._modules)
+            if isinstance(self._choice, Mapping):
+                check_held(self._modules, self._merger.live)
             yield
 
     @contextmanager
@@ -272,18 +289,13 @@ class Adapters:
         self._choice = None
 
     def _new_merger(self, keep: Keep, model: Model | None) -> Merger:
-        live = {
-            weight_key(component, f"{path}.weight"): layer.weight
-            for component, module in self._modules.items()
-            for path, layer in layers_of(module)
-        }
         source = None
         if (keep == "mapped") != (model is not None):
             raise CallerError(f"keep={keep!r}: model= is given with 'mapped', and only with it")
         if model is not None:
             known = [component for component in self._modules if component in model.components]
             source = ComponentSource({component: model.weights(component) for component in known})
-        return Merger(live, keep=keep, source=source)
+        return Merger(weights_of(self._modules), keep=keep, source=source)
 
     def _merge(self, chosen: Sequence[tuple[str, float]]) -> None:
         for name, _ in chosen:

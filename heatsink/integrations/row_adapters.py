@@ -167,7 +167,7 @@ def _refuse_compiled(pipe: Any, modules: Mapping[str, nn.Module]) -> None:
         compiled = any(
             getattr(part, "_compiled_call_impl", None) is not None for part in module.modules()
         )
-        if compiled or getattr(pipe, component) is not module:
+        if compiled or getattr(getattr(pipe, component), "_orig_mod", None) is module:
             raise AdapterError(
                 f"the {component} is compiled, and hooks that come later are passed over: merge"
                 " one choice for all prompts, or use the pipeline as it was"

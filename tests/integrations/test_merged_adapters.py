@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from heatsink.runtime.errors import (
     NonFiniteWeights,
     UnknownAdapter,
 )
+from heatsink.runtime.merge import Merger
 from heatsink.runtime.model import Model
 
 Make = Callable[..., list[AdapterDelta]]
@@ -377,6 +379,69 @@ def test_what_stands_between_weights_and_results_is_refused(
     adapters.close()
     sd1.unet.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
     refused(sd1, "a hook of diffusers .* moves or casts")
+
+
+@pytest.mark.parametrize("choice", [{"a": 1.0}, [{"a": 1.0}, None], {"a": 0.0}])
+@pytest.mark.parametrize("change", ["network", "assign", "layer"])
+def test_what_was_replaced_is_not_taken_for_what_is_computed_with(
+    change: str, choice: Any, sd1: Any, deltas_for: Make, latents_of: Any, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    noise, base = torch.randn(2, 4, 8, 8), state(sd1)
+    plain, unet = latents_of(sd1, PROMPTS, noise), sd1.unet
+    for in_use in (None, {"a": 1.0}, [{"a": 1.0}, None]):
+        adapters = heatsink.adapters(sd1)
+        adapters.add("a", deltas_for(sd1))
+        adapters.use(in_use)
+        if change == "network":
+            message = "another unet than these adapters: close"
+            sd1.unet = copy.deepcopy(unet)
+        elif change == "assign":
+            message = r"unet\..* is another tensor .* load_state_dict\(assign=True\)"
+            new = {n: base[f"unet.{n}"].clone() for n in dict(unet.named_parameters())}
+            unet.load_state_dict(new, assign=True)
+        else:
+            message = r"unet\.conv_in\.weight is another tensor"
+            unet.conv_in = copy.deepcopy(unet.conv_in)
+        with pytest.raises(AdapterError, match=message) as caught:
+            adapters.use(choice)
+        assert "compiled" not in str(caught.value)
+        assert adapters.in_use == in_use
+        if in_use is not None and (change == "network" or isinstance(in_use, dict)):
+            with pytest.raises(AdapterError, match="close"):
+                latents_of(sd1, PROMPTS, noise)
+        adapters.close()
+        sd1.unet = unet
+        assert same(state(sd1), base)
+        assert torch.equal(latents_of(sd1, PROMPTS, noise), plain)
+    with heatsink.adapters(sd1) as adapters:
+        adapters.add("a", deltas_for(sd1))
+        adapters.use({"a": 1.0})
+        assert not torch.equal(latents_of(sd1, PROMPTS, noise), plain)
+
+
+def test_no_image_is_made_of_a_torn_merge(
+    sd1: Any, deltas_for: Make, latents_of: Any, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(seed)
+    noise, base = torch.randn(2, 4, 8, 8), state(sd1)
+    plain = latents_of(sd1, PROMPTS, noise)
+    adapters = heatsink.adapters(sd1)
+    adapters.add("a", deltas_for(sd1))
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setitem(Merger._merge.__globals__, "lora_merge", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            adapters.use({"a": 1.0})
+    assert adapters.in_use is None
+    with pytest.raises(AdapterError, match="broken off half way"):
+        latents_of(sd1, PROMPTS, noise)
+    adapters.remove()
+    assert same(state(sd1), base)
+    assert torch.equal(latents_of(sd1, PROMPTS, noise), plain)
 
 
 def test_pefts_adapters_are_refused(sd1: Any, tmp_path: Path, deltas_for: Make, seed: int) -> None:
