@@ -31,9 +31,11 @@ class PromptRows:
     Args:
         pipe: the pipeline.
         prompts: how many prompts a call must have.
+        encoded: whether adapters change what text encoders compute: calls must give prompts then,
+            not what someone computed of them.
     """
 
-    def __init__(self, pipe: Any, prompts: int) -> None:
+    def __init__(self, pipe: Any, prompts: int, encoded: bool = False) -> None:
         methods = (getattr(type(pipe), name, None) for name in ("__call__", "encode_prompt"))
         owners = {getattr(method, "__qualname__", "").split(".")[0] for method in methods}
         if not owners <= PIPELINES:
@@ -43,6 +45,7 @@ class PromptRows:
             )
         self.pipe = pipe
         self.prompts = prompts
+        self._encoded = encoded
         self._images: int | None = None
         self._encoding = False
         self._before: dict[str, Any] = {}
@@ -87,6 +90,14 @@ class PromptRows:
             raise InvalidRequest(
                 f"adapters are in use for {self.prompts} prompts, the pipeline was called with"
                 f" {count}"
+            )
+        embeddings = [
+            n for n, value in given.items() if n.endswith("_embeds") and value is not None
+        ]
+        if self._encoded and embeddings:
+            raise InvalidRequest(
+                f"{embeddings[0]} is given, but an adapter in use changes the text encoders, which"
+                " compute nothing then: give the prompts, or merge"
             )
         return int(given["num_images_per_prompt"])
 

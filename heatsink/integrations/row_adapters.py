@@ -64,13 +64,15 @@ class RowAdapters:
         adapters: Mapping[str, Sequence[AdapterDelta]],
         rows: Rows,
     ) -> None:
-        self._prompts = PromptRows(pipe, len(rows))
+        used = {name: adapters[name] for row in rows for name, _ in row}
+        components = {delta.component for deltas in used.values() for delta in deltas}
+        encoded = any(component.startswith("text_encoder") for component in components)
+        self._prompts = PromptRows(pipe, len(rows), encoded)
         self._rows = rows
         self._modules = modules
         self._now: dict[str, tuple[int, ...] | None] = dict.fromkeys(modules)
         self._choices: dict[Any, tuple[Tensor, Tensor] | None] = {}
         self._handles: list[Any] = []
-        used = {name: adapters[name] for row in rows for name, _ in row}
         for name, deltas in used.items():
             if any(delta.magnitude is not None for delta in deltas):
                 raise AdapterError(

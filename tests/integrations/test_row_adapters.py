@@ -126,23 +126,46 @@ def test_every_image_of_a_prompt_has_its_adapters(
     adapters, noise = heatsink.adapters(styled), start(2 * images)
     options = {"guidance_scale": guidance_scale, "num_images_per_prompt": images}
     prompts: Any = [PROMPT, "two cats"]
+    name = "a"
     if given == "embeddings":
+        # One that leaves the text encoder alone.
+        name = "b"
         embeds, negative = styled.encode_prompt(prompts, "cpu", 1, True)
         # Those of the base model, whatever is in use later.
         options |= {"prompt_embeds": embeds.detach(), "negative_prompt_embeds": negative.detach()}
         prompts = None
     base = latents_of(styled, prompts, noise, **options)
-    adapters.use([{"a": 1.0}, None])
+    adapters.use([{name: 1.0}, None])
     mixed = latents_of(styled, prompts, noise, **options)
-    adapters.use([{"a": 1.0}, {"a": 1.0}])
+    adapters.use([{name: 1.0}, {name: 1.0}])
     both = latents_of(styled, prompts, noise, **options)
-    adapters.use({"a": 1.0})
+    adapters.use({name: 1.0})
     merged = latents_of(styled, prompts, noise, **options)
     assert torch.equal(mixed[images:], base[images:])
     assert torch.equal(mixed[:images], both[:images])
     # Negative and positive rows alike: as if the adapter were merged.
     assert near(mixed[:images], merged[:images])
     assert (mixed[:images] - base[:images]).abs().max() > 1e-2
+
+
+def test_embeddings_of_prompts_are_refused_where_an_adapter_changes_the_encoder(
+    styled: Any, latents_of: Any
+) -> None:
+    adapters, noise = heatsink.adapters(styled), start(2)
+    embeds, negative = (e.detach() for e in styled.encode_prompt([PROMPT] * 2, "cpu", 1, True))
+    both = {"prompt_embeds": embeds, "negative_prompt_embeds": negative}
+    adapters.use([{"b": 1.0}, {"a": 1.0}])
+    for prompts, given in (
+        (None, both),
+        ([PROMPT] * 2, {"negative_prompt_embeds": negative}),
+    ):
+        message = f"{next(iter(given))} is given, but an adapter in use changes the text encoders"
+        with pytest.raises(InvalidRequest, match=message):
+            latents_of(styled, prompts, noise, **given)
+    latents_of(styled, [PROMPT] * 2, noise)
+    for choice in ([{"b": 1.0}, {"a": 0.0}], [None, None]):
+        adapters.use(choice)
+        latents_of(styled, None, noise, **both)
 
 
 def test_sdxl_and_both_its_text_encoders(
