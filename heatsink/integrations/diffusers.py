@@ -307,10 +307,19 @@ class Adapters:
         self._stop_rows()
 
     def _use_rows(self, rows: Sequence[Sequence[tuple[str, float]]]) -> None:
-        new = RowAdapters(self._pipe, self._modules, self._deltas, rows)
-        self._merger.remove()
-        self._stop_rows()
-        new.start()
+        new, old = RowAdapters(self._pipe, self._modules, self._deltas, rows), self._rows
+        try:
+            # Their hooks can't be there together.
+            self._stop_rows()
+            new.start()
+            self._merger.remove()
+        except BaseException:
+            new.stop()
+            if old is not None:
+                old.stop()
+                old.start()
+                self._rows = old
+            raise
         self._rows = new
 
     def _stop_rows(self) -> None:

@@ -48,7 +48,7 @@ class PromptRows:
         self._encoded = encoded
         self._images: int | None = None
         self._encoding = False
-        self._before: dict[str, Any] = {}
+        self._before: dict[str, Any] | None = None
 
     def start(self) -> None:
         """Begin to watch: two of the pipeline's methods are wrapped, on this object alone."""
@@ -76,9 +76,12 @@ class PromptRows:
 
     def stop(self) -> None:
         """Leave the pipeline as it was."""
+        if self._before is None:
+            return
         for name in _WRAPPED:
             vars(self.pipe).pop(name, None)
         vars(self.pipe).update(self._before)
+        self._before = None
 
     def _checked(self, given: dict[str, Any]) -> int:
         prompt, embeds = given["prompt"], given["prompt_embeds"]

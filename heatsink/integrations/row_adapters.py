@@ -91,7 +91,14 @@ class RowAdapters:
         return sum(port.a.nbytes + port.b.nbytes + port.ranks.nbytes for port in ports)
 
     def start(self) -> None:
-        """Put the hooks in place."""
+        """Put the hooks in place, all or none."""
+        try:
+            self._start()
+        except BaseException:
+            self.stop()
+            raise
+
+    def _start(self) -> None:
         self._prompts.start()
         for component, module in self._modules.items():
             keep = self._handles.append

@@ -6,6 +6,7 @@ So bits are compared where batches have one shape; elsewhere, within what float3
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from itertools import permutations
 from pathlib import Path
@@ -362,6 +363,50 @@ def test_what_can_not_be_done_by_row_is_refused_with_its_reason(
     adapters.close()
     with pytest.raises(CallerError, match="are closed"):
         adapters.use(None)
+
+
+@pytest.mark.parametrize("in_use", [{"a": 1.0}, [{"a": 1.0}, None], None])
+@pytest.mark.parametrize("broken", ["first hook", "last hook", "wrapping", "removing"])
+def test_a_change_to_rows_that_fails_changes_nothing(
+    in_use: Any, broken: str, styled: Any, latents_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapters, noise = heatsink.adapters(styled), start(2)
+    adapters.use(in_use)
+    before = latents_of(styled, [PROMPT] * 2, noise)
+    weights = {name: value.clone() for name, value in styled.unet.state_dict().items()}
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in styled.unet.modules()]
+    own = set(vars(styled))
+
+    def once(plain: Any) -> Any:
+        # What is put back must not fail as well.
+        left = iter([True])
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if next(left, False):
+                raise KeyboardInterrupt
+            return plain(*args, **kwargs)
+
+        return call
+
+    last = styled.unet.get_submodule(adapters._deltas["b"][-1].module_path)
+    owner, name = {
+        "wrapping": (inspect, "signature"),
+        "first hook": (styled.unet, "register_forward_pre_hook"),
+        "last hook": (last, "register_forward_hook"),
+        "removing": (adapters._merger, "remove"),
+    }[broken]
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, once(getattr(owner, name)))
+        with pytest.raises(KeyboardInterrupt):
+            adapters.use([{"b": 1.0}, {"a": 1.0}])
+    assert adapters.in_use == in_use
+    assert set(vars(styled)) == own
+    assert hooks == [
+        len(m._forward_hooks) + len(m._forward_pre_hooks) for m in styled.unet.modules()
+    ]
+    assert all(torch.equal(v, weights[n]) for n, v in styled.unet.state_dict().items())
+    assert torch.equal(latents_of(styled, [PROMPT] * 2, noise), before)
+    adapters.use([{"b": 1.0}, {"a": 1.0}])
 
 
 def test_values_that_the_layers_can_not_hold_are_refused(
