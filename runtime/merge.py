@@ -101,6 +101,16 @@ class Merger:
         return MappingProxyType(self._live)
 
     @property
+    def pristine(self) -> bool:
+        """Whether the live weights have no adapter in them."""
+        return not self._applied and not self._dirty
+
+    @property
+    def changed(self) -> list[str]:
+        """Weights with adapters that someone else moved, cast or wrote meanwhile."""
+        return sorted(self._changed().intersection(self._touched(self._applied)))
+
+    @property
     def torn(self) -> list[str]:
         """Weights in no known state: a merge was broken off, and so was its undoing.
 
@@ -280,13 +290,12 @@ class Merger:
 
     def _check_places(self, keys: Iterable[str]) -> None:
         """Forget weights that were changed while no adapter was in them; refuse if one was."""
-        changed = self._changed()
-        if merged := sorted(changed.intersection(self._touched(self._applied))):
+        if merged := self.changed:
             raise AdapterError(
                 f"the live weight {merged[0]} was moved, cast or written while an adapter was in"
                 " it: remove() first"
             )
-        self._forget(changed)
+        self._forget(self._changed())
         for key in keys:
             check_layout(key, self._live[key])
 

@@ -15,6 +15,7 @@ import math
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,24 @@ from heatsink.runtime.pristine import ComponentSource, Cost, Keep
 
 Choice = Mapping[str, float] | Sequence[Mapping[str, float] | None] | None
 _ATTRIBUTE = "_heatsink_adapters"
+
+
+@dataclass(eq=False)
+class _Holder:
+    """Whose adapters some networks have.
+
+    Attributes:
+        adapters: they.
+        merger: what takes them off the weights, while some are merged: it outlives a pipeline that
+            is gone without closing them.
+    """
+
+    adapters: weakref.ref[Adapters]
+    merger: Merger | None = None
+
+
 # Networks may be shared by pipelines: the adapters of one are nobody else's pristine weights.
-_HOLDERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Adapters]] = weakref.WeakKeyDictionary()
+_HOLDERS: weakref.WeakKeyDictionary[nn.Module, _Holder] = weakref.WeakKeyDictionary()
 
 
 def adapters(pipe: Any, *, keep: Keep | None = None, model: Model | None = None) -> Adapters:
@@ -84,16 +101,12 @@ class Adapters:
         self._choice: Choice = None
         self._gate = MergeGate()
         self._calls = PipelineCalls(pipe, self._call)
-        for component, module in self._modules.items():
-            if module in _HOLDERS:
-                raise AdapterError(
-                    f"the {component} has adapters from another pipeline, or from one that is gone:"
-                    " close() them first"
-                )
+        _restore(self._modules)
         self._merger = self._new_merger(keep, model)
         self._calls.start()
         vars(pipe)[_ATTRIBUTE] = self
-        _HOLDERS.update(dict.fromkeys(self._modules.values(), weakref.ref(self)))
+        self._holder = _Holder(weakref.ref(self))
+        _HOLDERS.update(dict.fromkeys(self._modules.values(), self._holder))
 
     @property
     def names(self) -> list[str]:
@@ -284,7 +297,7 @@ class Adapters:
             yield
 
     def _remove(self) -> None:
-        self._merger.remove()
+        self._put_back()
         self._stop_rows()
         self._choice = None
 
@@ -303,8 +316,22 @@ class Adapters:
                 self._prepared[name] = self._merger.prepare(self._deltas[name])
                 # One copy is enough.
                 self._deltas[name] = list(self._prepared[name].deltas)
-        self._merger.apply([(self._prepared[name], w) for name, w in chosen], check=True)
+        # Before anything is written: what breaks off half way must be put back, too.
+        self._holder.merger = self._merger
+        try:
+            self._merger.apply([(self._prepared[name], w) for name, w in chosen], check=True)
+        finally:
+            self._note()
         self._stop_rows()
+
+    def _put_back(self) -> None:
+        try:
+            self._merger.remove()
+        finally:
+            self._note()
+
+    def _note(self) -> None:
+        self._holder.merger = None if self._merger.pristine else self._merger
 
     def _use_rows(self, rows: Sequence[Sequence[tuple[str, float]]]) -> None:
         new, old = RowAdapters(self._pipe, self._modules, self._deltas, rows), self._rows
@@ -312,7 +339,7 @@ class Adapters:
             # Their hooks can't be there together.
             self._stop_rows()
             new.start()
-            self._merger.remove()
+            self._put_back()
         except BaseException:
             new.stop()
             if old is not None:
@@ -348,3 +375,32 @@ class Adapters:
     def _check_open(self) -> None:
         if vars(self._pipe).get(_ATTRIBUTE) is not self:
             raise CallerError("these adapters are closed")
+
+
+def _restore(modules: Mapping[str, nn.Module]) -> None:
+    """Put back what a pipeline left in these networks that is gone without closing its adapters.
+
+    Raises:
+        AdapterError: a pipeline that is not gone has adapters in them, or weights were written
+            since: what is pristine is unknown then.
+    """
+    left: dict[_Holder, str] = {}
+    for component, module in modules.items():
+        holder = _HOLDERS.get(module)
+        if holder is None:
+            continue
+        if holder.adapters() is not None:
+            raise AdapterError(
+                f"the {component} has adapters from another pipeline: close() them first"
+            )
+        left.setdefault(holder, component)
+    for holder, component in left.items():
+        if holder.merger is None:
+            continue
+        if changed := holder.merger.changed:
+            raise AdapterError(
+                f"the {component} has adapters from a pipeline that is gone, and {changed[0]} was"
+                " moved, cast or written since: load the network anew"
+            )
+        holder.merger.release()
+        holder.merger = None

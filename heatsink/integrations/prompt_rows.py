@@ -10,6 +10,7 @@ what the pipeline itself goes by. Any other batch is refused: nothing is guessed
 from __future__ import annotations
 
 import inspect
+import weakref
 from typing import Any
 
 from heatsink.runtime.errors import AdapterError, InvalidRequest
@@ -43,12 +44,18 @@ class PromptRows:
                 f"the rows of a {type(pipe).__name__} are not known, so it can't have adapters by"
                 " prompt; one choice for all prompts can be merged"
             )
-        self.pipe = pipe
+        # The networks' hooks come here: they must not keep a pipeline that nobody else has.
+        self._pipe = weakref.ref(pipe)
         self.prompts = prompts
         self._encoded = encoded
         self._images: int | None = None
         self._encoding = False
         self._before: dict[str, Any] | None = None
+
+    @property
+    def pipe(self) -> Any:
+        """The pipeline; None when it is gone."""
+        return self._pipe()
 
     def start(self) -> None:
         """Begin to watch: two of the pipeline's methods are wrapped, on this object alone."""
@@ -76,7 +83,7 @@ class PromptRows:
 
     def stop(self) -> None:
         """Leave the pipeline as it was."""
-        if self._before is None:
+        if self._before is None or self.pipe is None:
             return
         for name in _WRAPPED:
             vars(self.pipe).pop(name, None)

@@ -7,6 +7,7 @@ their bits, and no weight is written.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -73,6 +74,7 @@ class RowAdapters:
         self._now: dict[str, tuple[int, ...] | None] = dict.fromkeys(modules)
         self._choices: dict[Any, tuple[Tensor, Tensor] | None] = {}
         self._handles: list[Any] = []
+        self._gone: Any = None
         for name, deltas in used.items():
             if any(delta.magnitude is not None for delta in deltas):
                 raise AdapterError(
@@ -100,6 +102,8 @@ class RowAdapters:
 
     def _start(self) -> None:
         self._prompts.start()
+        # With the pipeline its rows are gone: hooks on networks that others have go too.
+        self._gone = weakref.finalize(self._prompts.pipe, _remove, self._handles)
         for component, module in self._modules.items():
             keep = self._handles.append
             keep(module.register_forward_pre_hook(self._enter(component), with_kwargs=True))
@@ -110,9 +114,9 @@ class RowAdapters:
 
     def stop(self) -> None:
         """Take all hooks away."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        _remove(self._handles)
+        if self._gone is not None:
+            self._gone.detach()
         self._prompts.stop()
 
     def _enter(self, component: str) -> Callable[..., None]:
@@ -169,6 +173,12 @@ class RowAdapters:
         slots = torch.tensor([[s for s, _ in padded[p]] for p in prompts], dtype=torch.int64)
         scales = torch.tensor([[w for _, w in padded[p]] for p in prompts], dtype=torch.float32)
         return slots.to(port.a.device), scales.to(port.a.device)
+
+
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()
 
 
 def _refuse_compiled(pipe: Any, modules: Mapping[str, nn.Module]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -183,12 +184,60 @@ def test_networks_shared_by_pipelines_have_one_owner(sd1: Any) -> None:
     with pytest.raises(AdapterError, match="has adapters from another pipeline"):
         heatsink.adapters(other)
     adapters.close()
-    heatsink.adapters(other)
-    del other
+    assert isinstance(heatsink.adapters(other), Adapters)
+
+
+@pytest.mark.parametrize(
+    "choice", [None, {"a": 1.0}, {"a": 0.0}, [{"a": 1.0}, None], [[{"a": 1.0}, None], {"a": 0.5}]]
+)
+def test_a_pipeline_that_is_gone_leaves_networks_that_can_have_adapters(
+    choice: Any, sd1: Any, deltas_for: Make, latents_of: Any, seed: int
+) -> None:
+    from diffusers import StableDiffusionImg2ImgPipeline
+
+    torch.manual_seed(seed)
+    base, deltas, noise = state(sd1), deltas_for(sd1), torch.randn(2, 4, 8, 8)
+    plain = latents_of(sd1, PROMPTS, noise)
+    other = StableDiffusionImg2ImgPipeline(**sd1.components, requires_safety_checker=False)
+    adapters = heatsink.adapters(other)
+    adapters.add("a", deltas)
+    for each in choice if isinstance(choice, list) and isinstance(choice[0], list) else [choice]:
+        adapters.use(each)
+        merged = isinstance(each, dict) and each["a"] != 0
+    gone = weakref.ref(other)
+    del other, adapters
     gc.collect()
-    # Whoever held them is gone without closing: what these weights are, nobody knows.
-    with pytest.raises(AdapterError, match="or from one that is gone"):
+    assert gone() is None
+    # Nobody took them off yet; hooks are gone, for rows are no more.
+    assert same(state(sd1), base) != merged
+    assert torch.equal(latents_of(sd1, PROMPTS, noise), plain) != merged
+    mine = heatsink.adapters(sd1)
+    assert same(state(sd1), base)
+    assert torch.equal(latents_of(sd1, PROMPTS, noise), plain)
+    mine.add("a", deltas)
+    mine.use({"a": 1.0})
+    assert not same(state(sd1), base)
+    mine.close()
+    assert same(state(sd1), base)
+
+
+def test_what_a_pipeline_that_is_gone_left_is_not_put_over_other_weights(
+    sd1: Any, deltas_for: Make, seed: int
+) -> None:
+    from diffusers import StableDiffusionImg2ImgPipeline
+
+    torch.manual_seed(seed)
+    other = StableDiffusionImg2ImgPipeline(**sd1.components, requires_safety_checker=False)
+    adapters = heatsink.adapters(other)
+    adapters.add("a", deltas_for(sd1))
+    adapters.use({"a": 1.0})
+    del other, adapters
+    gc.collect()
+    new = {name: torch.randn_like(value) for name, value in sd1.unet.state_dict().items()}
+    sd1.unet.load_state_dict(new)
+    with pytest.raises(AdapterError, match=r"gone, and unet\..* was .* written since"):
         heatsink.adapters(sd1)
+    assert all(torch.equal(value, new[name]) for name, value in sd1.unet.state_dict().items())
 
 
 @pytest.mark.parametrize("choice", [{"a": 1.0}, [{"a": 1.0}]])
