@@ -15,12 +15,10 @@ import math
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
+from heatsink.integrations.holders import HOLDERS, Holder, restore
 from heatsink.integrations.pipeline_calls import PipelineCalls
 from heatsink.integrations.pipeline_modules import (
     check_held,
@@ -42,24 +40,6 @@ from heatsink.runtime.pristine import ComponentSource, Cost, Keep
 
 Choice = Mapping[str, float] | Sequence[Mapping[str, float] | None] | None
 _ATTRIBUTE = "_heatsink_adapters"
-
-
-@dataclass(eq=False)
-class _Holder:
-    """Whose adapters some networks have.
-
-    Attributes:
-        adapters: they.
-        merger: what takes them off the weights, while some are merged: it outlives a pipeline that
-            is gone without closing them.
-    """
-
-    adapters: weakref.ref[Adapters]
-    merger: Merger | None = None
-
-
-# Networks may be shared by pipelines: the adapters of one are nobody else's pristine weights.
-_HOLDERS: weakref.WeakKeyDictionary[nn.Module, _Holder] = weakref.WeakKeyDictionary()
 
 
 def adapters(pipe: Any, *, keep: Keep | None = None, model: Model | None = None) -> Adapters:
@@ -101,12 +81,12 @@ class Adapters:
         self._choice: Choice = None
         self._gate = MergeGate()
         self._calls = PipelineCalls(pipe, self._call)
-        _restore(self._modules)
+        restore(self._modules)
         self._merger = self._new_merger(keep, model)
         self._calls.start()
         vars(pipe)[_ATTRIBUTE] = self
-        self._holder = _Holder(weakref.ref(self))
-        _HOLDERS.update(dict.fromkeys(self._modules.values(), self._holder))
+        self._holder = Holder(weakref.ref(self))
+        HOLDERS.update(dict.fromkeys(self._modules.values(), self._holder))
 
     @property
     def names(self) -> list[str]:
@@ -263,7 +243,7 @@ class Adapters:
             self._merger.release()
             del vars(self._pipe)[_ATTRIBUTE]
             for module in self._modules.values():
-                del _HOLDERS[module]
+                del HOLDERS[module]
             self._calls.stop()
 
     def __enter__(self) -> Adapters:
@@ -375,32 +355,3 @@ class Adapters:
     def _check_open(self) -> None:
         if vars(self._pipe).get(_ATTRIBUTE) is not self:
             raise CallerError("these adapters are closed")
-
-
-def _restore(modules: Mapping[str, nn.Module]) -> None:
-    """Put back what a pipeline left in these networks that is gone without closing its adapters.
-
-    Raises:
-        AdapterError: a pipeline that is not gone has adapters in them, or weights were written
-            since: what is pristine is unknown then.
-    """
-    left: dict[_Holder, str] = {}
-    for component, module in modules.items():
-        holder = _HOLDERS.get(module)
-        if holder is None:
-            continue
-        if holder.adapters() is not None:
-            raise AdapterError(
-                f"the {component} has adapters from another pipeline: close() them first"
-            )
-        left.setdefault(holder, component)
-    for holder, component in left.items():
-        if holder.merger is None:
-            continue
-        if changed := holder.merger.changed:
-            raise AdapterError(
-                f"the {component} has adapters from a pipeline that is gone, and {changed[0]} was"
-                " moved, cast or written since: load the network anew"
-            )
-        holder.merger.release()
-        holder.merger = None
