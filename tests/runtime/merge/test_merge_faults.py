@@ -281,6 +281,56 @@ def test_what_was_prepared_does_not_change_with_its_tensors(
     assert (other.digest(), other.applied) == (wanted, [(digest, 1.0)])
 
 
+@pytest.mark.parametrize(
+    ("way", "seen"),
+    [
+        ("itself", True),
+        ("detached", True),
+        ("view", True),
+        ("data", False),
+        ("numpy", False),
+        ("inference", False),
+        ("assign", False),
+    ],
+)
+def test_which_writes_into_merged_weights_are_seen(way: str, seen: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    with torch.inference_mode(way == "inference"):
+        net = torch.nn.Linear(6, 4)
+    before = net.weight.detach().clone()
+    merger = Merger({"net.w.weight": net.weight})
+    deltas = [AdapterDelta("net", "w", torch.randn(2, 6), torch.randn(4, 2))]
+    merger.apply([(deltas, 1.0)])
+    merged = net.weight.detach().clone()
+    assert not torch.equal(merged, before)
+    old = net.weight
+    with torch.no_grad():
+        if way == "itself":
+            net.weight.fill_(7.0)
+        elif way == "detached":
+            net.weight.detach().fill_(7.0)
+        elif way == "view":
+            net.weight[1:].fill_(7.0)
+        elif way == "data":
+            net.weight.data.fill_(7.0)
+        elif way == "numpy":
+            net.weight.detach().numpy().fill(7.0)
+        elif way == "inference":
+            with torch.inference_mode():
+                net.weight.fill_(7.0)
+        else:
+            net.load_state_dict({"weight": torch.full((4, 6), 7.0), "bias": net.bias}, assign=True)
+    if seen:
+        with pytest.raises(AdapterError, match="was moved, cast or written"):
+            merger.apply([(deltas, 1.0)])
+        merger.remove()
+        assert torch.equal(old, before)
+        return
+    merger.apply([(deltas, 1.0)])
+    assert torch.equal(old, merged)
+    assert torch.equal(net.weight, torch.full((4, 6), 7.0)) == (way == "assign")
+
+
 def test_weights_with_holes_in_memory_are_refused() -> None:
     live = {"net.w.weight": torch.randn(4, 6)[:, ::2], "net.v.weight": torch.randn(4, 3)}
     before = {key: value.clone() for key, value in live.items()}
