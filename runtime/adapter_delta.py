@@ -76,7 +76,10 @@ def owned(deltas: Iterable[AdapterDelta]) -> list[AdapterDelta]:
     """The same adapter in memory of its own: what is mapped changes, or ends, with its file."""
 
     def copied(tensor: Tensor) -> Tensor:
-        return tensor.detach().clone(memory_format=torch.contiguous_format)
+        # What is pinned stays so: it goes to a device without waiting.
+        pinned = tensor.is_pinned()
+        own = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device, pin_memory=pinned)
+        return own.copy_(tensor.detach())
 
     return [
         replace(
