@@ -84,10 +84,16 @@ _Dense = tuple[Tensor, Tensor, Tensor | None]
 
 
 def _dense(weight: Tensor, term: Term) -> _Dense:
-    """A term's matrices, or dense copies: A's rows, in the weight's order or contiguous."""
+    """A term's matrices, or dense copies: A's rows, in the weight's order or contiguous.
+
+    Where an A begins must not choose its form, and so a row's bits: one that begins at no multiple
+    of 16 is copied to one that does.
+    """
     a = term.a
     if not a.is_contiguous() and not _in_order(weight, a):
         a = a.contiguous()
+    if address(a) % EVEN:
+        a = a.clone()
     return a, term.b.contiguous(), None if term.magnitude is None else term.magnitude.contiguous()
 
 
@@ -104,7 +110,7 @@ def _fields(
     if channels_last(weight) and not _in_order(weight, a):
         inner = weight.shape[1]
         pixels = columns // inner
-    even = pixels == 1 and columns % EVEN == 0 and address(a) % EVEN == 0
+    even = pixels == 1 and columns % EVEN == 0
     alike = even and a.dtype == b.dtype != torch.float32
     row = [0] * TERM_FIELDS
     row[0:3] = address(a), address(b), 0 if magnitude is None else address(magnitude)

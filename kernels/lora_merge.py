@@ -12,7 +12,9 @@ same bits. Rows without terms are copied bit by bit.
 W0: fp16, bf16, fp32; A, B and m each fp16, bf16 or fp32. Computed in fp32, rounded once. CUDA:
 Triton, sm_80 and later, all weights in one launch (of each class that there is, see
 `_merge_tables`; a model's adapter is of one class as a rule); CPU: C++, or PyTorch operations,
-within rounding and in other bits. A row's bits depend on its weight and that weight's terms alone.
+within rounding and in other bits. A row's bits depend on its weight and that weight's terms alone;
+on CUDA also on whether base and out begin at multiples of 16 bytes, as PyTorch's own memory does
+and a view of it may not.
 
 Sources: Hu et al., "LoRA" (https://arxiv.org/abs/2106.09685); Liu et al., "DoRA"
 (https://arxiv.org/abs/2402.09353).

@@ -69,6 +69,9 @@ class MergePlan:
     def prepare(self, terms: Sequence[Term]) -> Prepared:
         """Check an adapter's terms and keep them as a merge needs them.
 
+        Their tensors are held, not copied (but for those that are not dense or, on CUDA, begin at
+        no multiple of 16 bytes): they must stay as they are for as long as this is used.
+
         Raises:
             TypeError: as `lora_merge` does.
             ValueError: as `lora_merge` does.

@@ -72,6 +72,26 @@ def scaled(deltas: Iterable[AdapterDelta], weight: float) -> list[AdapterDelta]:
     return [replace(delta, scale=delta.scale * weight) for delta in deltas]
 
 
+def owned(deltas: Iterable[AdapterDelta]) -> list[AdapterDelta]:
+    """The same adapter in memory of its own: what is mapped changes, or ends, with its file."""
+
+    def copied(tensor: Tensor) -> Tensor:
+        # What is pinned stays so: it goes to a device without waiting.
+        pinned = tensor.is_pinned()
+        own = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device, pin_memory=pinned)
+        return own.copy_(tensor.detach())
+
+    return [
+        replace(
+            delta,
+            a=copied(delta.a),
+            b=copied(delta.b),
+            magnitude=None if delta.magnitude is None else copied(delta.magnitude),
+        )
+        for delta in deltas
+    ]
+
+
 def digest_deltas(deltas: Iterable[AdapterDelta]) -> str:
     """SHA-256 (hex) of the adapter's values, the same in every file format and dtype."""
     digest = sha256_of("adapter\0")

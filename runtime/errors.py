@@ -68,6 +68,10 @@ class MergeTimeout(HeatsinkError):
     """The gate did not open in time: requests, or a merge, were still under way."""
 
 
+class WaitsForItself(CallerError, RuntimeError):
+    """A merge was asked for inside a request, or a request inside a merge: it would never begin."""
+
+
 class NumericError(HeatsinkError):
     """Weights or results hold NaN or infinity where they must not; names the node or tensor."""
 

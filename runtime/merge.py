@@ -11,15 +11,16 @@ import functools
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from heatsink.kernels.lora_merge import Term, lora_merge
-from heatsink.runtime.adapter_delta import AdapterDelta, digest_deltas
+from heatsink.runtime.adapter_delta import AdapterDelta, digest_deltas, owned
 from heatsink.runtime.errors import AdapterError, NonFiniteWeights
 from heatsink.runtime.graph.weight import Origin
 from heatsink.runtime.merge_gate import MergeGate
@@ -34,7 +35,7 @@ class Prepared:
     """An adapter ready to be merged: checked, on the devices of the weights it changes.
 
     Attributes:
-        deltas: as they came.
+        deltas: copies of those that came.
         parts: what they do to live weights.
     """
 
@@ -86,11 +87,36 @@ class Merger:
         self._staging = staging
         self._stamps: dict[str, Stamp] = {}
         self._applied: Applied = ()
+        # What is being written: these weights hold neither the old adapters nor the new ones.
+        self._dirty: set[str] = set()
 
     @property
     def applied(self) -> list[tuple[str, float]]:
-        """Digest and weight of every adapter in the live weights."""
+        """Digest and weight of every adapter in the live weights, but for those of `torn`."""
         return [(prepared.digest, weight) for prepared, weight in self._applied]
+
+    @property
+    def live(self) -> Mapping[str, Tensor]:
+        """The weights that are written."""
+        return MappingProxyType(self._live)
+
+    @property
+    def pristine(self) -> bool:
+        """Whether the live weights have no adapter in them."""
+        return not self._applied and not self._dirty
+
+    @property
+    def changed(self) -> list[str]:
+        """Weights with adapters that someone else moved, cast or wrote meanwhile."""
+        return sorted(self._changed().intersection(self._touched(self._applied)))
+
+    @property
+    def torn(self) -> list[str]:
+        """Weights in no known state: a merge was broken off, and so was its undoing.
+
+        The next `apply` or `remove` writes them whole.
+        """
+        return sorted(self._dirty)
 
     @property
     def cost(self) -> Cost:
@@ -105,10 +131,12 @@ class Merger:
     def prepare(self, deltas: Iterable[AdapterDelta]) -> Prepared:
         """Check an adapter and bring it to the weights' devices, so that `apply` need not.
 
+        Its values are copied: what happens to these tensors or their file later changes nothing.
+
         Raises:
             AdapterError: `refused` maps each module that doesn't fit, or holds NaN, to its reason.
         """
-        deltas = tuple(deltas)
+        deltas = tuple(owned(deltas))
         _check_finite(deltas)
 
         def on(tensor: Tensor, device: torch.device) -> Tensor:
@@ -156,17 +184,13 @@ class Merger:
         with self.gate.merge(timeout), self._on_stream(), torch.no_grad():
             self._check_places(part.key for ready, _ in wanted for part in ready.parts)
             self._keep(wanted)
-            before = self._applied
-            touched = self._touched((*before, *wanted))
-            try:
+            touched = self._touched((*self._applied, *wanted))
+            with self._undone(touched):
                 self._write(touched, wanted)
                 if check:
                     self._check_result(touched)
-            except Exception:
-                # Whatever was written is undone the way it came: from the pristine weights.
-                self._write(touched, before)
-                raise
             self._applied = wanted
+            self._dirty.clear()
 
     def remove(self, *, timeout: float | None = None) -> None:
         """Put the pristine weights back, bit by bit.
@@ -175,12 +199,17 @@ class Merger:
         gives, and are kept anew when they are touched again.
         """
         with self.gate.merge(timeout), self._on_stream(), torch.no_grad():
-            moved = [key for key, was in self._stamps.items() if was != stamp(self._live[key])]
+            moved = self._changed()
             touched = self._touched(self._applied)
-            for key in set(touched).intersection(moved):
-                self._live[key].detach().copy_(self._pristine.read(key))
-            self._write([key for key in touched if key not in moved], ())
+            rest = [key for key in touched if key not in moved]
+            self._dirty.update(touched)
+            with self._undone(rest):
+                for key in moved.intersection(touched):
+                    self._live[key].detach().copy_(self._pristine.read(key))
+                self._write(rest, ())
             self._applied = ()
+            # Before what is kept of them goes: what is dirty must be known.
+            self._dirty.clear()
             self._forget(moved)
 
     def release(self, *, timeout: float | None = None) -> None:
@@ -220,13 +249,38 @@ class Merger:
         )
         return stream
 
+    @contextmanager
+    def _undone(self, touched: Sequence[str]) -> Iterator[None]:
+        """Whatever breaks a write off: undo it the way it came, from the pristine weights.
+
+        If that breaks off too, the weights stay known as dirty.
+        """
+        self._dirty.update(touched)
+        try:
+            yield
+        except BaseException:
+            self._write(touched, self._applied)
+            self._dirty.difference_update(touched)
+            raise
+
     def _touched(self, applied: Applied) -> list[str]:
-        return sorted({part.key for prepared, _ in applied for part in prepared.parts})
+        """What must be written for these to go or come."""
+        return sorted(_keys(applied) | self._dirty)
+
+    def _changed(self) -> set[str]:
+        """Weights that someone else moved, cast or wrote; a merge that broke off is no such."""
+        found = set()
+        for key, was in self._stamps.items():
+            now = stamp(self._live[key])
+            if now != was and (key not in self._dirty or now[:-1] != was[:-1]):
+                found.add(key)
+        return found
 
     def _keep(self, wanted: Applied) -> None:
-        touched = {key: self._live[key] for key in self._touched(wanted)}
-        self._pristine.copy(touched)
+        touched = {key: self._live[key] for key in sorted(_keys(wanted))}
+        # First, so that nothing is kept whose changes would not be seen.
         self._stamps.update({key: stamp(weight) for key, weight in touched.items()})
+        self._pristine.copy(touched)
 
     def _forget(self, keys: Iterable[str]) -> None:
         keys = list(keys)
@@ -236,13 +290,12 @@ class Merger:
 
     def _check_places(self, keys: Iterable[str]) -> None:
         """Forget weights that were changed while no adapter was in them; refuse if one was."""
-        changed = {key for key, was in self._stamps.items() if was != stamp(self._live[key])}
-        if merged := sorted(changed.intersection(self._touched(self._applied))):
+        if merged := self.changed:
             raise AdapterError(
                 f"the live weight {merged[0]} was moved, cast or written while an adapter was in"
                 " it: remove() first"
             )
-        self._forget(changed)
+        self._forget(self._changed())
         for key in keys:
             check_layout(key, self._live[key])
 
@@ -311,6 +364,10 @@ class Merger:
             raise NonFiniteWeights(
                 f"{len(bad)} merged weights hold NaN or infinity, {bad[0]} say: nothing was changed"
             )
+
+
+def _keys(applied: Applied) -> set[str]:
+    return {part.key for prepared, _ in applied for part in prepared.parts}
 
 
 def _term(index: int, part: Part, weight: float) -> Term:

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from heatsink.runtime.errors import MergeTimeout
+from heatsink.runtime.errors import MergeTimeout, WaitsForItself
 
 
 class MergeGate:
@@ -52,12 +52,12 @@ class MergeGate:
 
         Raises:
             MergeTimeout: merges took longer.
-            RuntimeError: this thread is merging.
+            WaitsForItself: this thread is merging.
         """
         me = threading.get_ident()
         with self._changed:
             if self._merging == me:
-                raise RuntimeError("a merge can't run a request: it would wait for itself")
+                raise WaitsForItself("a merge can't run a request: it would wait for itself")
             if me not in self._requests:
                 self._wait(False, lambda: self._merging is None, timeout, "a request")
             self._requests[me] = self._requests.get(me, 0) + 1
@@ -80,12 +80,14 @@ class MergeGate:
 
         Raises:
             MergeTimeout: they took longer; nothing was changed, and requests begin again.
-            RuntimeError: this thread holds a request or merges already.
+            WaitsForItself: this thread holds a request or merges already.
         """
         me = threading.get_ident()
         with self._changed:
             if me in self._requests or self._merging == me:
-                raise RuntimeError("this thread is inside a request or merge: it can't wait for it")
+                raise WaitsForItself(
+                    "this thread is inside a request or merge: it can't wait for it"
+                )
             self._wait(
                 True, lambda: self._merging is None and not self._requests, timeout, "a merge"
             )

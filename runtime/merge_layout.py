@@ -10,7 +10,11 @@ Stamp = tuple[object, ...]
 
 
 def stamp(weight: Tensor) -> Stamp:
-    """What changes when a weight is moved, cast or written; not through `weight.data`."""
+    """What changes when a weight is moved, cast or written, as far as PyTorch counts writes.
+
+    It counts none through `weight.data` or another tensor made of the same memory, by kernels that
+    go by the address, or into inference tensors. docs/merge.md says what follows.
+    """
     version = 0 if weight.is_inference() else weight._version
     shape = tuple(weight.shape)
     return weight.data_ptr(), weight.device, weight.dtype, shape, weight.stride(), version

@@ -112,8 +112,9 @@ class Pristine:
             self._verify(new)
         else:
             self._copies.update({key: self._copied(weight) for key, weight in new.items()})
-        self._kept.update(new)
         self._dtypes.update({key: weight.dtype for key, weight in new.items()})
+        # Last: what is named here can be read.
+        self._kept.update(new)
 
     def read(self, key: str) -> Tensor:
         """The pristine values, on the device where they are kept."""

@@ -13,27 +13,33 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from heatsink.integrations.pipeline_modules import components_of, layers_of, targets_of
+from heatsink.integrations.holders import HOLDERS, Holder, restore
+from heatsink.integrations.pipeline_calls import PipelineCalls
+from heatsink.integrations.pipeline_modules import (
+    check_held,
+    check_networks,
+    check_weights,
+    components_of,
+    targets_of,
+    weights_of,
+)
 from heatsink.integrations.row_adapters import RowAdapters
-from heatsink.runtime.adapter_delta import AdapterDelta, digest_deltas
+from heatsink.runtime.adapter_delta import AdapterDelta, digest_deltas, owned
 from heatsink.runtime.adapter_file import inspect_adapter
 from heatsink.runtime.adapter_receipt import AdapterReceipt
 from heatsink.runtime.errors import AdapterError, CallerError, InvalidRequest, UnknownAdapter
 from heatsink.runtime.merge import Merger, Prepared
-from heatsink.runtime.merge_terms import weight_key
+from heatsink.runtime.merge_gate import MergeGate
 from heatsink.runtime.model import Model
 from heatsink.runtime.pristine import ComponentSource, Cost, Keep
 
 Choice = Mapping[str, float] | Sequence[Mapping[str, float] | None] | None
 _ATTRIBUTE = "_heatsink_adapters"
-# Networks may be shared by pipelines: the adapters of one are nobody else's pristine weights.
-_HOLDERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Adapters]] = weakref.WeakKeyDictionary()
 
 
 def adapters(pipe: Any, *, keep: Keep | None = None, model: Model | None = None) -> Adapters:
@@ -73,15 +79,14 @@ class Adapters:
         self._prepared: dict[str, Prepared] = {}
         self._rows: RowAdapters | None = None
         self._choice: Choice = None
-        for component, module in self._modules.items():
-            if module in _HOLDERS:
-                raise AdapterError(
-                    f"the {component} has adapters from another pipeline, or from one that is gone:"
-                    " close() them first"
-                )
+        self._gate = MergeGate()
+        self._calls = PipelineCalls(pipe, self._call)
+        restore(self._modules)
         self._merger = self._new_merger(keep, model)
+        self._calls.start()
         vars(pipe)[_ATTRIBUTE] = self
-        _HOLDERS.update(dict.fromkeys(self._modules.values(), weakref.ref(self)))
+        self._holder = Holder(weakref.ref(self))
+        HOLDERS.update(dict.fromkeys(self._modules.values(), self._holder))
 
     @property
     def names(self) -> list[str]:
@@ -97,6 +102,14 @@ class Adapters:
     def receipts(self) -> dict[str, AdapterReceipt]:
         """What became of every key of the files that were added."""
         return dict(self._receipts)
+
+    @property
+    def gate(self) -> MergeGate:
+        """What every call of the pipeline holds, and changes of what is in use wait for.
+
+        Whoever runs networks of the pipeline without calling it holds `gate.request()` meanwhile.
+        """
+        return self._gate
 
     @property
     def in_use(self) -> Choice:
@@ -131,10 +144,14 @@ class Adapters:
             receipt, deltas = inspect_adapter(file, self._targets, ignore=ignore)
             if not receipt.accepted:
                 raise AdapterError(receipt.refusal(), receipt.refused)
-            digest = receipt.digest or digest_deltas(deltas)
+            # The file may be written again later, in the memory that it is mapped to.
+            deltas = owned(deltas)
+            digest = digest_deltas(deltas)
+            if digest != receipt.digest:
+                raise AdapterError(f"{file} was written while it was read")
             self._receipts[name] = receipt
         else:
-            deltas = list(file)
+            deltas = owned(file)
             self._merger.costs(deltas)  # Raises where a target is unknown or of another shape.
             digest = digest_deltas(deltas)
         self._deltas[name], self._digests[name] = deltas, digest
@@ -165,58 +182,69 @@ class Adapters:
 
     def keep(self, keep: Keep, model: Model | None = None) -> None:
         """Keep pristine weights elsewhere from now on; what is in use is removed."""
-        self._check_open()
-        merger = self._new_merger(keep, model)
-        self.remove()
-        self._merger.release()
-        self._merger = merger
-        self._prepared.clear()
+        with self._alone(None):
+            merger = self._new_merger(keep, model)
+            self._remove()
+            self._merger.release()
+            self._merger = merger
+            self._prepared.clear()
 
-    def use(self, choice: Choice) -> None:
-        """Apply adapters to what the pipeline computes from now on; never while it runs.
+    def use(self, choice: Choice, *, timeout: float | None = None) -> None:
+        """Apply adapters to what the pipeline computes from now on.
+
+        Waits until the calls of the pipeline that are under way in other threads are over.
 
         Args:
             choice: names and weights: for all images, merged into the weights in place; a list of
                 them, or None, by prompt, in one batch; None: the base model. Weight 0 is none. The
                 order of the names does not matter.
+            timeout: seconds to wait; None waits for ever.
 
         Raises:
             AdapterError: an adapter can't be applied so, or something came between weights and
                 computation. Nothing is changed.
             NonFiniteWeights: a merged weight overflowed. Nothing is changed.
             UnknownAdapter: a name is unknown.
+            MergeTimeout: calls took longer. Nothing is changed.
+            WaitsForItself: this is called from inside of a call. Nothing is changed.
         """
-        self._check_open()
-        if choice is None:
-            self.remove()
-            return
-        components_of(self._pipe)
-        if isinstance(choice, Mapping):
-            self._merge(self._sorted(choice))
-        elif isinstance(choice, Sequence) and not isinstance(choice, str) and choice:
-            self._use_rows([self._sorted(row or {}) for row in choice])
-        else:
-            raise InvalidRequest(
-                f"use takes names with weights, a list of those by prompt, or None; got {choice!r}"
-            )
-        self._choice = dict(choice) if isinstance(choice, Mapping) else list(choice)
+        with self._alone(timeout):
+            if choice is None:
+                self._remove()
+                return
+            components_of(self._pipe)
+            check_networks(self._pipe, self._modules)
+            check_weights(self._modules, self._merger.live)
+            if isinstance(choice, Mapping):
+                self._merge(self._sorted(choice))
+            elif isinstance(choice, Sequence) and not isinstance(choice, str) and choice:
+                self._use_rows([self._sorted(row or {}) for row in choice])
+            else:
+                raise InvalidRequest(
+                    "use takes names with weights, a list of those by prompt, or None; got"
+                    f" {choice!r}"
+                )
+            self._choice = dict(choice) if isinstance(choice, Mapping) else list(choice)
 
-    def remove(self) -> None:
-        """The base model again, bit by bit: hooks go, weights are put back."""
-        self._check_open()
-        self._merger.remove()
-        self._stop_rows()
-        self._choice = None
+    def remove(self, *, timeout: float | None = None) -> None:
+        """The base model again, bit by bit: hooks go, weights are put back.
+
+        Waits, and raises, as `use` does.
+        """
+        with self._alone(timeout):
+            self._remove()
 
     def close(self) -> None:
-        """Leave the pipeline as it was found."""
+        """Leave the pipeline as it was found; waits until its calls are over."""
         if vars(self._pipe).get(_ATTRIBUTE) is not self:
             return
-        self.remove()
-        self._merger.release()
-        del vars(self._pipe)[_ATTRIBUTE]
-        for module in self._modules.values():
-            del _HOLDERS[module]
+        with self._alone(None):
+            self._remove()
+            self._merger.release()
+            del vars(self._pipe)[_ATTRIBUTE]
+            for module in self._modules.values():
+                del HOLDERS[module]
+            self._calls.stop()
 
     def __enter__(self) -> Adapters:
         return self
@@ -224,32 +252,81 @@ class Adapters:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @contextmanager
+    def _call(self) -> Iterator[None]:
+        """What a call of the pipeline is inside of."""
+        with self._gate.request():
+            if self._merger.torn:
+                raise AdapterError(
+                    "a merge was broken off half way, and so was its undoing: use() or remove()"
+                    " first"
+                )
+            if self._choice is not None:
+                check_networks(self._pipe, self._modules)
+            if isinstance(self._choice, Mapping):
+                check_held(self._modules, self._merger.live)
+            yield
+
+    @contextmanager
+    def _alone(self, timeout: float | None) -> Iterator[None]:
+        """No call is under way, and none begins."""
+        self._check_open()
+        with self._gate.merge(timeout):
+            # Another thread may have been first.
+            self._check_open()
+            yield
+
+    def _remove(self) -> None:
+        self._put_back()
+        self._stop_rows()
+        self._choice = None
+
     def _new_merger(self, keep: Keep, model: Model | None) -> Merger:
-        live = {
-            weight_key(component, f"{path}.weight"): layer.weight
-            for component, module in self._modules.items()
-            for path, layer in layers_of(module)
-        }
         source = None
         if (keep == "mapped") != (model is not None):
             raise CallerError(f"keep={keep!r}: model= is given with 'mapped', and only with it")
         if model is not None:
             known = [component for component in self._modules if component in model.components]
             source = ComponentSource({component: model.weights(component) for component in known})
-        return Merger(live, keep=keep, source=source)
+        return Merger(weights_of(self._modules), keep=keep, source=source)
 
     def _merge(self, chosen: Sequence[tuple[str, float]]) -> None:
         for name, _ in chosen:
             if name not in self._prepared:
                 self._prepared[name] = self._merger.prepare(self._deltas[name])
-        self._merger.apply([(self._prepared[name], w) for name, w in chosen], check=True)
+                # One copy is enough.
+                self._deltas[name] = list(self._prepared[name].deltas)
+        # Before anything is written: what breaks off half way must be put back, too.
+        self._holder.merger = self._merger
+        try:
+            self._merger.apply([(self._prepared[name], w) for name, w in chosen], check=True)
+        finally:
+            self._note()
         self._stop_rows()
 
+    def _put_back(self) -> None:
+        try:
+            self._merger.remove()
+        finally:
+            self._note()
+
+    def _note(self) -> None:
+        self._holder.merger = None if self._merger.pristine else self._merger
+
     def _use_rows(self, rows: Sequence[Sequence[tuple[str, float]]]) -> None:
-        new = RowAdapters(self._pipe, self._modules, self._deltas, rows)
-        self._merger.remove()
-        self._stop_rows()
-        new.start()
+        new, old = RowAdapters(self._pipe, self._modules, self._deltas, rows), self._rows
+        try:
+            # Their hooks can't be there together.
+            self._stop_rows()
+            new.start()
+            self._put_back()
+        except BaseException:
+            new.stop()
+            if old is not None:
+                old.stop()
+                old.start()
+                self._rows = old
+            raise
         self._rows = new
 
     def _stop_rows(self) -> None:

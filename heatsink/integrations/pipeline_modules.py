@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from heatsink.runtime.adapter_keys import file_path
 from heatsink.runtime.adapter_targets import Targets
 from heatsink.runtime.errors import AdapterError
 from heatsink.runtime.ldm_names import translate, unet_names
+from heatsink.runtime.merge_terms import weight_key
 
 COMPONENTS = ("text_encoder", "text_encoder_2", "unet", "controlnet")
 """The attributes of a pipeline that hold networks with adapters."""
@@ -22,16 +23,12 @@ _CLASSES = {
     "CLIPTextModel",
     "CLIPTextModelWithProjection",
 }
+_ANEW = ": close() them and make them anew"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def components_of(pipe: Any) -> dict[str, nn.Module]:
-    """The networks of a pipeline, by component; those it hasn't got are left out.
-
-    Raises:
-        AdapterError: it has no UNet of SD1's or SDXL's kind, or something stands between its
-            weights and what is computed.
-    """
+def networks_of(pipe: Any) -> dict[str, nn.Module]:
+    """The networks of a pipeline, by component; those it hasn't got are left out."""
     found = {}
     for name in COMPONENTS:
         module = getattr(pipe, name, None)
@@ -39,6 +36,17 @@ def components_of(pipe: Any) -> dict[str, nn.Module]:
         kinds = {base.__name__ for base in type(module).__mro__}
         if isinstance(module, nn.Module) and kinds & _CLASSES:
             found[name] = module
+    return found
+
+
+def components_of(pipe: Any) -> dict[str, nn.Module]:
+    """The networks of a pipeline, if adapters can change what they compute.
+
+    Raises:
+        AdapterError: it has no UNet of SD1's or SDXL's kind, or something stands between its
+            weights and what is computed.
+    """
+    found = networks_of(pipe)
     if "unet" not in found:
         raise AdapterError(
             f"a {type(pipe).__name__} has no UNet2DConditionModel: Stable Diffusion 1.x, 2.x and XL"
@@ -94,6 +102,56 @@ def layers_of(module: nn.Module) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
             if isinstance(part, nn.Conv2d) and (part.groups != 1 or part.padding_mode != "zeros"):
                 continue
             yield path, part
+
+
+def weights_of(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """The weights of these layers, by `component.name`."""
+    return {
+        weight_key(component, f"{path}.weight"): layer.weight
+        for component, module in modules.items()
+        for path, layer in layers_of(module)
+    }
+
+
+def check_networks(pipe: Any, modules: Mapping[str, nn.Module]) -> None:
+    """Check that a pipeline has these networks and no others.
+
+    Raises:
+        AdapterError: one was replaced.
+    """
+    found = networks_of(pipe)
+    for name in COMPONENTS:
+        if found.get(name) is not modules.get(name):
+            raise AdapterError(f"the pipeline has another {name} than these adapters{_ANEW}")
+
+
+def check_held(modules: Mapping[str, nn.Module], live: Mapping[str, Tensor]) -> None:
+    """Check that the weights that were written are still in these networks, wherever.
+
+    Less than `check_weights`, which nothing passes that wraps layers.
+
+    Raises:
+        AdapterError: some are not.
+    """
+    held = {id(weight) for module in modules.values() for weight in module.parameters()}
+    for key, weight in live.items():
+        if id(weight) not in held:
+            raise AdapterError(f"{key}, which adapters are merged into, was replaced{_ANEW}")
+
+
+def check_weights(modules: Mapping[str, nn.Module], live: Mapping[str, Tensor]) -> None:
+    """Check that the weights that are written are the ones that layers compute with.
+
+    Raises:
+        AdapterError: some were replaced.
+    """
+    found = weights_of(modules)
+    for key in sorted(found.keys() | live.keys()):
+        if found.get(key) is not live.get(key):
+            raise AdapterError(
+                f"{key} is another tensor than these adapters know (a layer was replaced, or"
+                f" load_state_dict(assign=True)){_ANEW}"
+            )
 
 
 def targets_of(modules: Mapping[str, nn.Module]) -> Targets:

@@ -10,6 +10,7 @@ what the pipeline itself goes by. Any other batch is refused: nothing is guessed
 from __future__ import annotations
 
 import inspect
+import weakref
 from typing import Any
 
 from heatsink.runtime.errors import AdapterError, InvalidRequest
@@ -31,9 +32,11 @@ class PromptRows:
     Args:
         pipe: the pipeline.
         prompts: how many prompts a call must have.
+        encoded: whether adapters change what text encoders compute: calls must give prompts then,
+            not what someone computed of them.
     """
 
-    def __init__(self, pipe: Any, prompts: int) -> None:
+    def __init__(self, pipe: Any, prompts: int, encoded: bool = False) -> None:
         methods = (getattr(type(pipe), name, None) for name in ("__call__", "encode_prompt"))
         owners = {getattr(method, "__qualname__", "").split(".")[0] for method in methods}
         if not owners <= PIPELINES:
@@ -41,11 +44,18 @@ class PromptRows:
                 f"the rows of a {type(pipe).__name__} are not known, so it can't have adapters by"
                 " prompt; one choice for all prompts can be merged"
             )
-        self.pipe = pipe
+        # The networks' hooks come here: they must not keep a pipeline that nobody else has.
+        self._pipe = weakref.ref(pipe)
         self.prompts = prompts
+        self._encoded = encoded
         self._images: int | None = None
         self._encoding = False
-        self._before: dict[str, Any] = {}
+        self._before: dict[str, Any] | None = None
+
+    @property
+    def pipe(self) -> Any:
+        """The pipeline; None when it is gone."""
+        return self._pipe()
 
     def start(self) -> None:
         """Begin to watch: two of the pipeline's methods are wrapped, on this object alone."""
@@ -73,9 +83,12 @@ class PromptRows:
 
     def stop(self) -> None:
         """Leave the pipeline as it was."""
+        if self._before is None or self.pipe is None:
+            return
         for name in _WRAPPED:
             vars(self.pipe).pop(name, None)
         vars(self.pipe).update(self._before)
+        self._before = None
 
     def _checked(self, given: dict[str, Any]) -> int:
         prompt, embeds = given["prompt"], given["prompt_embeds"]
@@ -87,6 +100,14 @@ class PromptRows:
             raise InvalidRequest(
                 f"adapters are in use for {self.prompts} prompts, the pipeline was called with"
                 f" {count}"
+            )
+        embeddings = [
+            n for n, value in given.items() if n.endswith("_embeds") and value is not None
+        ]
+        if self._encoded and embeddings:
+            raise InvalidRequest(
+                f"{embeddings[0]} is given, but an adapter in use changes the text encoders, which"
+                " compute nothing then: give the prompts, or merge"
             )
         return int(given["num_images_per_prompt"])
 

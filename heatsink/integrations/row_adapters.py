@@ -7,6 +7,7 @@ their bits, and no weight is written.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -64,13 +65,16 @@ class RowAdapters:
         adapters: Mapping[str, Sequence[AdapterDelta]],
         rows: Rows,
     ) -> None:
-        self._prompts = PromptRows(pipe, len(rows))
+        used = {name: adapters[name] for row in rows for name, _ in row}
+        components = {delta.component for deltas in used.values() for delta in deltas}
+        encoded = any(component.startswith("text_encoder") for component in components)
+        self._prompts = PromptRows(pipe, len(rows), encoded)
         self._rows = rows
         self._modules = modules
         self._now: dict[str, tuple[int, ...] | None] = dict.fromkeys(modules)
         self._choices: dict[Any, tuple[Tensor, Tensor] | None] = {}
         self._handles: list[Any] = []
-        used = {name: adapters[name] for row in rows for name, _ in row}
+        self._gone: Any = None
         for name, deltas in used.items():
             if any(delta.magnitude is not None for delta in deltas):
                 raise AdapterError(
@@ -89,8 +93,17 @@ class RowAdapters:
         return sum(port.a.nbytes + port.b.nbytes + port.ranks.nbytes for port in ports)
 
     def start(self) -> None:
-        """Put the hooks in place."""
+        """Put the hooks in place, all or none."""
+        try:
+            self._start()
+        except BaseException:
+            self.stop()
+            raise
+
+    def _start(self) -> None:
         self._prompts.start()
+        # With the pipeline its rows are gone: hooks on networks that others have go too.
+        self._gone = weakref.finalize(self._prompts.pipe, _remove, self._handles)
         for component, module in self._modules.items():
             keep = self._handles.append
             keep(module.register_forward_pre_hook(self._enter(component), with_kwargs=True))
@@ -101,9 +114,9 @@ class RowAdapters:
 
     def stop(self) -> None:
         """Take all hooks away."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        _remove(self._handles)
+        if self._gone is not None:
+            self._gone.detach()
         self._prompts.stop()
 
     def _enter(self, component: str) -> Callable[..., None]:
@@ -162,12 +175,18 @@ class RowAdapters:
         return slots.to(port.a.device), scales.to(port.a.device)
 
 
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()
+
+
 def _refuse_compiled(pipe: Any, modules: Mapping[str, nn.Module]) -> None:
     for component, module in modules.items():
         compiled = any(
             getattr(part, "_compiled_call_impl", None) is not None for part in module.modules()
         )
-        if compiled or getattr(pipe, component) is not module:
+        if compiled or getattr(getattr(pipe, component), "_orig_mod", None) is module:
             raise AdapterError(
                 f"the {component} is compiled, and hooks that come later are passed over: merge"
                 " one choice for all prompts, or use the pipeline as it was"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import heatsink
 from heatsink.runtime.adapter_delta import AdapterDelta
 
 LATENTS = (4, 8, 8)
@@ -76,6 +77,18 @@ def latents_of(pipe: Any, prompts: Any, latents: Tensor, **options: Any) -> Tens
     with torch.no_grad():
         result: Tensor = pipe(prompts, latents=latents, **given).images
     return result
+
+
+@pytest.fixture
+def styled(tiny_sd1: Path, seed: int) -> Any:
+    """The tiny SD1 pipeline with two adapters."""
+    torch.manual_seed(seed)
+    pipe = load_pipeline(tiny_sd1)
+    adapters = heatsink.adapters(pipe)
+    adapters.add("a", deltas_for(pipe, 3))
+    # The UNet's alone, and of another rank: some layers have one adapter, some two.
+    adapters.add("b", deltas_for(pipe, 5, components=("unet",)))
+    return pipe
 
 
 @pytest.fixture(name="deltas_for")

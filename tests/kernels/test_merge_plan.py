@@ -91,6 +91,34 @@ def test_a_thousand_swaps_leave_no_trace(seed: int) -> None:
     assert same(base, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_where_a_term_begins_chooses_nothing(dtype: torch.dtype, seed: int) -> None:
+    base = [normal((16, 32), seed).to(dtype)]
+    a, b = normal((4, 32), seed + 1).to(dtype), normal((16, 4), seed + 2).to(dtype)
+    results, rows = [], []
+    for start in (0, 1, 4, 7, 8):
+        moved = torch.empty(a.numel() + 8, dtype=dtype)[start:][: a.numel()].view(a.shape)
+        moved.copy_(a)
+        terms = [Term(0, moved, b, 0.5)]
+        table, out = TermTable(base, terms), [torch.full_like(base[0], float("nan"))]
+        tables = MergeTables(base, out)
+        # By the form goes which binary is launched; what it is given begins where it reads.
+        rows.append(table.rows[0, 3:].tolist())
+        assert table.rows[0, 0] % 16 == 0
+        run(
+            tables.launches(
+                lookup("lora_merge", key(base), target_of(torch.device("cpu"))), KERNEL, table
+            )
+        )
+        results.append(out[0])
+    assert all(row == rows[0] for row in rows)
+    assert rows[0][5] < 2
+    assert same(results, [results[0]] * len(results))
+    reference = base[0].double() + 0.5 * (b.double() @ a.double())
+    eps = torch.finfo(dtype).eps
+    assert (results[0].double() - reference).abs().max() <= 2 * eps * reference.abs().max()
+
+
 def test_only_what_changes_is_written(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     base = weights(seed)
     out = [torch.full_like(x, float("nan")) for x in base]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from heatsink.runtime.adapter_delta import AdapterDelta
+from heatsink.runtime.adapter_delta import AdapterDelta, digest_deltas
 from heatsink.runtime.errors import AdapterError, CallerError, MergeTimeout, NonFiniteWeights
 from heatsink.runtime.merge import Merger
 from heatsink.runtime.model import Model
@@ -117,6 +117,103 @@ def test_a_launch_that_fails_half_way_is_undone(
     assert [weight for _, weight in merger.applied] == [1.0]
 
 
+def interrupted(monkeypatch: pytest.MonkeyPatch, times: int) -> list[int]:
+    """Break off right after the weights were written, and then before they are written again.
+
+    `times` times; returns what is left.
+    """
+    plain, left = Merger._merge.__globals__["lora_merge"], [times]
+
+    def then(base: list[Tensor], out: list[Tensor], terms: list[object]) -> None:
+        again = left[0] < times
+        if not (left[0] and again):
+            plain(base, out, terms)
+        if left[0]:
+            left[0] -= 1
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(Merger._merge.__globals__, "lora_merge", then)
+    return left
+
+
+def test_a_merge_that_is_interrupted_is_undone(
+    tools: Any, tiny_sd1: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(seed)
+    merger = Merger(live := tools.weights_of(tools.unet_of(tiny_sd1)))
+    first, second = tools.adapter(live, tools.paths[:3]), tools.adapter(live, tools.paths[2:])
+    base = merger.digest()
+    left = interrupted(monkeypatch, 1)
+    with pytest.raises(KeyboardInterrupt):
+        merger.apply([(first, 1.0)])
+    assert (merger.digest(), merger.applied, merger.torn) == (base, [], [])
+    merger.apply([(first, 1.0)])
+    merged, applied = merger.digest(), merger.applied
+    calls: list[Callable[[], None]] = [lambda: merger.apply([(second, 1.0)]), merger.remove]
+    for call in calls:
+        left[0] = 1
+        with pytest.raises(KeyboardInterrupt):
+            call()
+        assert (merger.digest(), merger.applied, merger.torn) == (merged, applied, [])
+    assert left == [0]
+    merger.remove()
+    assert merger.digest() == base
+
+
+@pytest.mark.parametrize("heal", ["remove", "release", "apply", "apply none"])
+@pytest.mark.parametrize("started", [False, True])
+def test_a_merge_whose_undoing_fails_is_healed_by_the_next(
+    heal: str,
+    started: bool,
+    tools: Any,
+    tiny_sd1: Path,
+    seed: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(seed)
+    merger = Merger(live := tools.weights_of(tools.unet_of(tiny_sd1)))
+    # Neither has a weight of the other: only its being torn makes the next write it.
+    first, second = tools.adapter(live, tools.paths[:3]), tools.adapter(live, tools.paths[3:])
+    base = merger.digest()
+    merger.apply([(second, 1.0)])
+    wanted = merger.digest()
+    merger.remove()
+    if started:
+        merger.apply([(second, 0.5)])
+    before = merger.digest()
+    interrupted(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        merger.apply([(first, 1.0)])
+    assert merger.digest() != before
+    assert set(merger.torn) >= {f"unet.{path}.weight" for path in tools.paths[:3]}
+    if heal.startswith("apply"):
+        merger.apply([(second, 1.0)] if heal == "apply" else [])
+    else:
+        getattr(merger, heal)()
+    assert merger.digest() == (wanted if heal == "apply" else base)
+    assert merger.torn == []
+    merger.remove()
+    assert merger.digest() == base
+
+
+def test_a_torn_weight_that_is_cast_comes_back_pristine(
+    tools: Any, tiny_sd1: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(seed)
+    unet = tools.unet_of(tiny_sd1)
+    live = tools.weights_of(unet)
+    wanted = {key: value.detach().to(torch.bfloat16) for key, value in live.items()}
+    merger, deltas = Merger(live), tools.adapter(live, tools.paths)
+    interrupted(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        merger.apply([(deltas, 1.0)])
+    unet.to(torch.bfloat16)
+    with pytest.raises(AdapterError, match=r"remove\(\) first"):
+        merger.apply([(deltas, 1.0)])
+    merger.remove()
+    assert all(torch.equal(live[key], value) for key, value in wanted.items())
+
+
 def test_weights_that_were_cast_or_moved_meanwhile(tools: Any, tiny_sd1: Path, seed: int) -> None:
     torch.manual_seed(seed)
     unet = tools.unet_of(tiny_sd1)
@@ -163,6 +260,75 @@ def test_weights_that_are_written_while_no_adapter_is_in_them(
     assert merger.digest() == merged
     merger.remove()
     assert all(torch.equal(live[f"unet.{name}"], value) for name, value in others.items())
+
+
+def test_what_was_prepared_does_not_change_with_its_tensors(
+    tools: Any, tiny_sd1: Path, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    merger = Merger(live := tools.weights_of(tools.unet_of(tiny_sd1)))
+    deltas = tools.adapter(live, tools.paths, dora=True)
+    prepared, digest = merger.prepare(deltas), digest_deltas(deltas)
+    merger.apply([(prepared, 1.0)])
+    wanted = merger.digest()
+    other = Merger(tools.weights_of(tools.unet_of(tiny_sd1)))
+    prepared = other.prepare(deltas)
+    for delta in deltas:
+        assert delta.magnitude is not None
+        for values in (delta.a, delta.b, delta.magnitude):
+            values.zero_()
+    other.apply([(prepared, 1.0)])
+    assert (other.digest(), other.applied) == (wanted, [(digest, 1.0)])
+
+
+@pytest.mark.parametrize(
+    ("way", "seen"),
+    [
+        ("itself", True),
+        ("detached", True),
+        ("view", True),
+        ("data", False),
+        ("numpy", False),
+        ("inference", False),
+        ("assign", False),
+    ],
+)
+def test_which_writes_into_merged_weights_are_seen(way: str, seen: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    with torch.inference_mode(way == "inference"):
+        net = torch.nn.Linear(6, 4)
+    before = net.weight.detach().clone()
+    merger = Merger({"net.w.weight": net.weight})
+    deltas = [AdapterDelta("net", "w", torch.randn(2, 6), torch.randn(4, 2))]
+    merger.apply([(deltas, 1.0)])
+    merged = net.weight.detach().clone()
+    assert not torch.equal(merged, before)
+    old = net.weight
+    with torch.no_grad():
+        if way == "itself":
+            net.weight.fill_(7.0)
+        elif way == "detached":
+            net.weight.detach().fill_(7.0)
+        elif way == "view":
+            net.weight[1:].fill_(7.0)
+        elif way == "data":
+            net.weight.data.fill_(7.0)
+        elif way == "numpy":
+            net.weight.detach().numpy().fill(7.0)
+        elif way == "inference":
+            with torch.inference_mode():
+                net.weight.fill_(7.0)
+        else:
+            net.load_state_dict({"weight": torch.full((4, 6), 7.0), "bias": net.bias}, assign=True)
+    if seen:
+        with pytest.raises(AdapterError, match="was moved, cast or written"):
+            merger.apply([(deltas, 1.0)])
+        merger.remove()
+        assert torch.equal(old, before)
+        return
+    merger.apply([(deltas, 1.0)])
+    assert torch.equal(old, merged)
+    assert torch.equal(net.weight, torch.full((4, 6), 7.0)) == (way == "assign")
 
 
 def test_weights_with_holes_in_memory_are_refused() -> None:

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from heatsink.runtime.errors import MergeTimeout
+from heatsink.runtime.errors import MergeTimeout, WaitsForItself
 from heatsink.runtime.merge_gate import MergeGate
 
 LONG = 20.0
@@ -150,13 +150,13 @@ def test_a_thread_does_not_wait_for_itself() -> None:
             # Behind the merge that waits for this thread: it would never end.
             with gate.request(timeout=1.0):
                 assert gate.requests == 2
-            with pytest.raises(RuntimeError, match="inside a request or merge"), gate.merge():
+            with pytest.raises(WaitsForItself, match="inside a request or merge"), gate.merge():
                 entered.append("never")
         merging.result(LONG)
     with gate.merge():
-        with pytest.raises(RuntimeError, match="would wait for itself"), gate.request():
+        with pytest.raises(WaitsForItself, match="would wait for itself"), gate.request():
             entered.append("never")
-        with pytest.raises(RuntimeError, match="inside a request or merge"), gate.merge():
+        with pytest.raises(WaitsForItself, match="inside a request or merge"), gate.merge():
             entered.append("never")
     assert entered == ["merge"]
 
