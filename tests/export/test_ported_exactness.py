@@ -74,7 +74,7 @@ def test_an_exact_graph_runs_with_every_room_and_bucket() -> None:
     assert known.buckets == [1, 2, 4, 8]
     assert known.refused == []
     assert agrees
-    assert seen == [(done + 1, 16) for done in range(16)]
+    assert seen == [(done + 1, 20) for done in range(20)]
     assert set(session.runs) == {(bucket, room) for bucket in (1, 2, 4, 8) for room in COUNTS}
     for bucket in known.buckets:
         check(FakeSession(), SPECS, LAYOUT, counts, known, bucket)
@@ -108,16 +108,39 @@ def test_a_place_that_gives_other_bits_is_found(place: int) -> None:
     assert known.buckets == [1, 2, 4]
 
 
-def test_a_graph_that_adds_a_neighbours_adapter_is_found() -> None:
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_graph_that_adds_a_neighbour_is_found(whole: bool) -> None:
     class Mixed(FakeSession):
         def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
             out = super().run(inputs)["out"]
-            return {"out": out + np.roll(out, 1, axis=0)}
+            added = out if whole else out - inputs["x"] * np.float32(1.5)
+            return {"out": out + np.roll(added, 1, axis=0)}
 
     counts, known, agrees = measure(Mixed(), SPECS, LAYOUT, 4, twin(4))
+    # A row alone is its own neighbour: what is added of its adapters only, it has none of without.
     assert known.buckets == [1]
     assert counts == [1, 2, 4]
-    assert agrees
+    assert agrees == (not whole)
+
+
+def test_rows_that_differ_where_none_has_an_adapter_are_found() -> None:
+    class Empty(FakeSession):
+        def __init__(self, wrong: int | None) -> None:
+            super().__init__()
+            self.wrong = wrong
+
+        def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+            out = super().run(inputs)["out"]
+            if not len(inputs["adapter_rows"]) and self.wrong in (None, len(out)):
+                out[0] = np.nextafter(out[0], np.float32(np.inf))
+            return {"out": out}
+
+    # Row 0 has an adapter wherever the probe's rows have theirs.
+    _, known, agrees = measure(Empty(None), SPECS, LAYOUT, 4, twin(4))
+    assert known.buckets == [1, 2, 4]
+    assert not agrees
+    with pytest.raises(EngineMismatch, match="the same bits at another place and beside other"):
+        measure(Empty(2), SPECS, LAYOUT, 4, twin(4))
 
 
 def test_a_graph_that_reads_the_slots_number_is_found() -> None:
@@ -130,7 +153,7 @@ def test_a_graph_that_reads_the_slots_number_is_found() -> None:
             return {"out": out}
 
     # Each run has the adapters in other slots.
-    with pytest.raises(EngineMismatch, match="fake: no batch size up to 4 gives a row with"):
+    with pytest.raises(EngineMismatch, match="fake: no batch size up to 4 gives a row the same"):
         measure(Numbered(), SPECS, LAYOUT, 4, twin(4))
 
 
