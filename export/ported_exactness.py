@@ -96,16 +96,19 @@ def _fingerprints(
     shift: int = 0,
     seed: int = PROBE_SEED,
     plain: bool = False,
-) -> Answers:
+) -> list[str]:
     """Run rows of the probe; `plain`: none has an adapter."""
     slots = _slots(layout, shift)
     own = [[] if plain else uses(row, room, len(slots)) for row in rows]
     mixes = [[(slots[content], weight) for content, weight in mix] for mix in own]
     given = {name: value[list(rows)] for name, value in values.items()}
     bank = bank_probe(layout, slots, seed)
-    texts = row_answers(session.run({**given, **bank, **port_inputs(mixes, room)}))
-    keys = [(row, len(mix)) for row, mix in zip(rows, own, strict=True)]
-    return dict(zip(keys, texts, strict=True))
+    return row_answers(session.run({**given, **bank, **port_inputs(mixes, room)}))
+
+
+def _answers(texts: Sequence[str], rows: Sequence[int], room: int) -> Answers:
+    """Fingerprints by row and its number of adapters."""
+    return {(row, len(uses(row, room, 1))): text for row, text in zip(rows, texts, strict=True)}
 
 
 def measure(
@@ -136,19 +139,22 @@ def measure(
     total = len(plan) + len(sizes)
     found: dict[tuple[int, int], list[Answers]] = {}
     for done, (bucket, room, shift, rows) in enumerate(plan):
-        run = _fingerprints(session, layout, values, rows, room, shift=shift)
-        found.setdefault((bucket, room), []).append(run)
+        texts = _fingerprints(session, layout, values, rows, room, shift=shift)
+        found.setdefault((bucket, room), []).append(_answers(texts, rows, room))
         report(done + 1, total)
     counts, buckets = _agreeing(found, sizes)
-    last = _fingerprints(session, layout, values, range(max(buckets)), max(counts))
+    rows, room = list(range(max(buckets))), max(counts)
+    answers = _fingerprints(session, layout, values, rows, room)
     without = []
     for done, bucket in enumerate(buckets):
         # Such a batch is given the least room.
-        rows = list(range(bucket))
-        without.append(_fingerprints(session, layout, values, rows, min(counts), plain=True))
+        texts = _fingerprints(session, layout, values, rows[:bucket], min(counts), plain=True)
+        without.append({(row, 0): text for row, text in enumerate(texts)})
         report(total - len(buckets) + done + 1, total)
     runs = [*without, *(run for b in buckets for n in counts for run in found[b, n])]
-    if not all(_agree(one, run) for one in [last, *without] for run in runs):
+    if not all(
+        _agree(one, run) for one in [_answers(answers, rows, room), *without] for run in runs
+    ):
         raise EngineMismatch(
             f"{session.name}: no batch size up to {largest} gives a row the same bits at another "
             "place and beside other adapters; build with --fast to do without exactness"
@@ -158,7 +164,7 @@ def measure(
         buckets=buckets,
         refused=[size for size in sizes if size not in buckets],
         probe_seed=PROBE_SEED,
-        answers=list(last.values()),
+        answers=answers,
     )
     return counts, known, all(_agree(twins, run) for run in runs)
 
@@ -194,19 +200,26 @@ def check(
     counts: Sequence[int],
     known: KnownAnswer,
     bucket: int,
+    room: int,
 ) -> None:
-    """Run the known answer's first `bucket` rows and compare.
+    """Run rows of the known answer in one batch size and with room for `room`, and compare.
+
+    A row's bits don't depend on the room, so the same answers serve each: of the rows whose
+    adapters fit, as often as the batch has places.
 
     Raises:
         EngineMismatch: this machine or library gives other bits than the one that built the engine.
     """
-    values = probe(inputs, bucket, known.probe_seed)
-    rows, seed = range(bucket), known.probe_seed
-    found = list(_fingerprints(session, layout, values, rows, max(counts), seed=seed).values())
-    wrong = [row for row in range(bucket) if found[row] != known.answers[row]]
+    most = max(counts)
+    fits = [row for row in range(len(known.answers)) if uses(row, room, 1) == uses(row, most, 1)]
+    rows = (fits * bucket)[:bucket]
+    values = probe(inputs, max(rows) + 1, known.probe_seed)
+    found = _fingerprints(session, layout, values, rows, room, seed=known.probe_seed)
+    wrong = [row for row, text in zip(rows, found, strict=True) if text != known.answers[row]]
     if wrong:
         raise EngineMismatch(
-            f"{session.name} with adapters: batch {bucket} does not give the known answer here "
-            f"(rows {wrong[:8]}); results would not be the ones this engine was built for. Build "
-            "it again on this machine with `heatsink build MODEL -o ENGINE`"
+            f"{session.name} with adapters: batch {bucket} with room for {room} a row does not "
+            f"give the known answer here (rows {wrong[:8]}); results would not be the ones this "
+            "engine was built for. Build it again on this machine with `heatsink build MODEL -o "
+            "ENGINE`"
         )

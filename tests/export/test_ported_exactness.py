@@ -77,7 +77,10 @@ def test_an_exact_graph_runs_with_every_room_and_bucket() -> None:
     assert seen == [(done + 1, 20) for done in range(20)]
     assert set(session.runs) == {(bucket, room) for bucket in (1, 2, 4, 8) for room in COUNTS}
     for bucket in known.buckets:
-        check(FakeSession(), SPECS, LAYOUT, counts, known, bucket)
+        for room in counts:
+            session.runs.clear()
+            check(session, SPECS, LAYOUT, counts, known, bucket, room)
+            assert session.runs == [(bucket, room)]
 
 
 def test_a_room_that_gives_other_bits_is_refused() -> None:
@@ -157,10 +160,25 @@ def test_a_graph_that_reads_the_slots_number_is_found() -> None:
         measure(Numbered(), SPECS, LAYOUT, 4, twin(4))
 
 
-def test_check_names_batch_and_rows() -> None:
+@pytest.mark.parametrize("room", COUNTS)
+@pytest.mark.parametrize("place", range(4))
+def test_check_looks_at_every_place_with_every_room(room: int, place: int) -> None:
     counts, known, _ = measured(lambda batch, room: [])
-    with pytest.raises(EngineMismatch, match=r"fake with adapters: batch 4 .*rows \[2\]"):
-        check(FakeSession(lambda batch, room: [2]), SPECS, LAYOUT, counts, known, 4)
+    # The rows of the probe whose adapters fit into 1, 2 and 4.
+    row = {1: [0, 1, 4, 5], 2: [0, 1, 3, 4], 4: [0, 1, 2, 3]}[room][place]
+    message = rf"fake with adapters: batch 4 with room for {room} a row .*\(rows \[{row}\]\)"
+    spoiled = FakeSession(lambda batch, given: [place] if given == room else [])
+    with pytest.raises(EngineMismatch, match=message):
+        check(spoiled, SPECS, LAYOUT, counts, known, 4, room)
+    for other in set(counts) - {room}:
+        check(spoiled, SPECS, LAYOUT, counts, known, 4, other)
+
+
+def test_check_serves_a_graph_with_room_for_less() -> None:
+    counts, known, _ = measured(lambda batch, room: list(range(batch)) if room == 4 else [])
+    assert counts == [1, 2]
+    for room in counts:
+        check(FakeSession(), SPECS, LAYOUT, counts, known, 8, room)
 
 
 def test_the_probes_rows_have_none_one_two_and_four_adapters() -> None:
