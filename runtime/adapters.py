@@ -115,15 +115,18 @@ class AdapterBank:
     def remove(self, name: str) -> None:
         """Forget a name; its content too, unless another name stands for it.
 
-        Requests under way keep what they hold.
+        A digest stands for all names of its content. Requests under way keep what they hold.
 
         Raises:
             UnknownAdapter: there is none of that name.
         """
         with self._lock:
             self.check([name])
-            self._names.pop(name)
-            self._pins.discard(name)
+            key = _key(name)
+            gone = [each for each, digest in self._names.items() if key in (each, digest)]
+            for each in gone:
+                self._names.pop(each)
+                self._pins.discard(each)
             self._forget_unnamed()
 
     def _forget_unnamed(self) -> None:
@@ -140,7 +143,7 @@ class AdapterBank:
             UnknownAdapter: lists those that are not, and those that are.
         """
         with self._lock:
-            unknown = [n for n in names if n not in self._names and n not in self._adapters]
+            unknown = [name for name in names if self._digest(name) not in self._adapters]
             known = sorted(self._names)
         if unknown:
             told = ", ".join(known) or "there is none; add one first"
@@ -159,12 +162,12 @@ class AdapterBank:
             digest = self._digest(name)
             slot = self._table.find(digest)
             return AdapterInfo(
-                name,
+                _key(name),
                 digest,
                 self._adapters[digest].modules,
                 slot.number if slot else None,
                 digest in self._pinned(),
-                self._receipts.get(name),
+                self._receipts.get(_key(name)),
             )
 
     def infos(self) -> dict[str, AdapterInfo]:
@@ -212,19 +215,20 @@ class AdapterBank:
         """
         with self._lock:
             self.prefetch(name)
-            self._pins.add(name)
+            self._pins.add(_key(name))
 
     def unpin(self, name: str) -> None:
         """Let an adapter be evicted again; does nothing where it is not pinned."""
         with self._lock:
-            self._pins.discard(name)
+            self._pins.discard(_key(name))
 
     def _pinned(self) -> set[str]:
         return {self._digest(name) for name in self._pins}
 
     def _digest(self, name: str) -> str:
         """A digest stands for itself."""
-        return self._names.get(name, name)
+        key = _key(name)
+        return self._names.get(key, key)
 
     def _called(self, digest: str) -> str:
         names = [name for name, each in sorted(self._names.items()) if each == digest]
@@ -281,4 +285,9 @@ class AdapterBank:
 def _spelled(name: str) -> str:
     if not isinstance(name, str) or not name or _DIGEST.fullmatch(name):
         raise InvalidRequest(f"name: expected a text that is no SHA-256, got {name!r}")
+    return _key(name)
+
+
+def _key(name: str) -> str:
+    """The one spelling under which a name is kept and found."""
     return unicodedata.normalize("NFC", name)
