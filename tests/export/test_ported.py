@@ -32,21 +32,6 @@ PORTED = ["text_encoder", "unet"]
 OPTIONS = Options(batch=(1, 2, 4), adapters=(3, 4))
 
 
-@pytest.fixture(scope="module")
-def ported(tiny_sd1: Path, sd1_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny SD1 engine with ports for 3 adapters of rank 4. Don't change it."""
-    out = tmp_path_factory.mktemp("ported") / "engine"
-    report = build(tiny_sd1, out, OPTIONS, reuse=[sd1_folder])
-    assert report.reused == PARTS[2:]
-    assert report.notes == []
-    return out
-
-
-@pytest.fixture(scope="module")
-def targets(tiny_sd1: Path) -> Targets:
-    return Targets.of(Model.open(tiny_sd1))
-
-
 def adapter(targets: Targets, seed: int) -> list[AdapterDelta]:
     """Rank 3 on every linear and convolution of the UNet and the text encoder."""
     draw = torch.Generator().manual_seed(seed)
