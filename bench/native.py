@@ -90,7 +90,8 @@ def _program(graph: Graph, rows: int) -> Program:
 
 def eager(model: Model, layout: torch.memory_format, given: dict[str, Tensor]) -> Step:
     """The library's own module."""
-    module: Any = model.load_module("unet", torch.float32).eval().to(memory_format=layout)
+    module: Any = model.load_module("unet", torch.float32).eval()
+    module = module.to(memory_format=layout)
 
     def run() -> Tensor:
         with torch.inference_mode():

@@ -187,4 +187,5 @@ def _open_bank(
     # Only unverified files get here damaged.
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise EngineMismatch(f"{folder}: {manifest.ports.table}: {error!r}; {REBUILD}") from error
-    return AdapterBank(list(layouts.values()), targets=targets), layouts
+    most = {name: max(part.counts) for name, part in manifest.ports.components.items()}
+    return AdapterBank(list(layouts.values()), targets=targets, most=most), layouts

@@ -28,7 +28,7 @@ class PortedComponent:
     It takes `adapter_slots` and `adapter_scales` `(rows, n)` beside the component's own inputs, or
     neither. Rows with adapters are put together, so that as few runs as possible have ports. The
     graph with ports is opened when it is first used, and each of its buckets is checked against the
-    known answer before its first use.
+    known answer before its first use, with each room for adapters.
 
     Args:
         twin: the component without ports.
@@ -52,7 +52,7 @@ class PortedComponent:
         self._bank = {name: tensor.numpy() for name, tensor in bank.items()}
         self._opener = opener
         self._session: Session | None = None
-        self._checked: set[int] = set()
+        self._checked: set[tuple[int, int]] = set()
         self.name = layout.component
 
     def check_first(self) -> None:
@@ -60,7 +60,7 @@ class PortedComponent:
         if self._ported.twin:
             self._twin.check_first()
         else:
-            self._check(min(self._ported.known.buckets))
+            self._check(min(self._ported.known.buckets), min(self._ported.counts))
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run the rows of `inputs` and return the outputs' rows, in order.
@@ -120,9 +120,9 @@ class PortedComponent:
         bucket = len(mixes)
         if not any(mixes) and self._ported.twin and bucket in self._twin.buckets:
             return self._twin(given)
-        self._check(bucket)
         most = max(map(len, mixes))
         room = min(count for count in self._ported.counts if count >= most)
+        self._check(bucket, room)
         ports = ported_exactness.port_inputs(mixes, room)
         return self._open().run({**given, **ports, **self._bank})
 
@@ -131,10 +131,10 @@ class PortedComponent:
             self._session = self._opener()
         return self._session
 
-    def _check(self, bucket: int) -> None:
-        known = self._ported.known
-        if bucket not in self._checked and known.answers:
+    def _check(self, bucket: int, room: int) -> None:
+        known, counts = self._ported.known, self._ported.counts
+        if (bucket, room) not in self._checked and known.answers:
             ported_exactness.check(
-                self._open(), self._inputs, self._layout, self._ported.counts, known, bucket
+                self._open(), self._inputs, self._layout, counts, known, bucket, room
             )
-        self._checked.add(bucket)
+        self._checked.add((bucket, room))

@@ -3,7 +3,8 @@
 A row's bits may depend neither on the rows beside it, nor on their adapters, nor on how many
 adapters the inputs have room for, nor on which slots hold the row's own. A seeded probe is run in
 every bucket with room for 1, 2 and 4 adapters (4 twice), each time with rows at other places and
-adapters in other slots. Rows of it without adapters must answer as in the graph without ports.
+adapters in other slots. Rows of it without adapters, beside others and among themselves, must
+answer as in the graph without ports.
 """
 
 from __future__ import annotations
@@ -85,19 +86,29 @@ def _slots(layout: PortLayout, shift: int) -> list[int]:
     return [(content + shift) % layout.slots for content in range(contents)]
 
 
-def _answer(
+def _fingerprints(
     session: Session,
     layout: PortLayout,
     values: Mapping[str, Array],
     rows: Sequence[int],
     room: int,
-    slots: Sequence[int],
-    seed: int,
+    *,
+    shift: int = 0,
+    seed: int = PROBE_SEED,
+    plain: bool = False,
 ) -> list[str]:
-    mixes = [[(slots[c], weight) for c, weight in uses(row, room, len(slots))] for row in rows]
+    """Run rows of the probe; `plain`: none has an adapter."""
+    slots = _slots(layout, shift)
+    own = [[] if plain else uses(row, room, len(slots)) for row in rows]
+    mixes = [[(slots[content], weight) for content, weight in mix] for mix in own]
     given = {name: value[list(rows)] for name, value in values.items()}
     bank = bank_probe(layout, slots, seed)
     return row_answers(session.run({**given, **bank, **port_inputs(mixes, room)}))
+
+
+def _answers(texts: Sequence[str], rows: Sequence[int], room: int) -> Answers:
+    """Fingerprints by row and its number of adapters."""
+    return {(row, len(uses(row, room, 1))): text for row, text in zip(rows, texts, strict=True)}
 
 
 def measure(
@@ -121,35 +132,41 @@ def measure(
     Raises:
         EngineMismatch: no batch size gives a row the same bits at another place.
     """
+    report = progress or (lambda done, total: None)
     values = probe(inputs, largest + largest // 2, PROBE_SEED)
     sizes = bucket_sizes(largest)
     plan = [(bucket, *run) for bucket in sizes for run in _runs(bucket)]
+    total = len(plan) + len(sizes)
     found: dict[tuple[int, int], list[Answers]] = {}
     for done, (bucket, room, shift, rows) in enumerate(plan):
-        slots = _slots(layout, shift)
-        fingerprints = _answer(session, layout, values, rows, room, slots, PROBE_SEED)
-        keys = [(row, len(uses(row, room, len(slots)))) for row in rows]
-        found.setdefault((bucket, room), []).append(dict(zip(keys, fingerprints, strict=True)))
-        if progress:
-            progress(done + 1, len(plan))
+        texts = _fingerprints(session, layout, values, rows, room, shift=shift)
+        found.setdefault((bucket, room), []).append(_answers(texts, rows, room))
+        report(done + 1, total)
     counts, buckets = _agreeing(found, sizes)
-    room, bucket = max(counts), max(buckets)
-    answers = _answer(session, layout, values, range(bucket), room, _slots(layout, 0), PROBE_SEED)
-    last = {(row, len(uses(row, room, layout.slots))): text for row, text in enumerate(answers)}
-    if not all(_agree(last, run) for run in found[bucket, room]):
+    rows, room = list(range(max(buckets))), max(counts)
+    answers = _fingerprints(session, layout, values, rows, room)
+    without = []
+    for done, bucket in enumerate(buckets):
+        # Such a batch is given the least room.
+        texts = _fingerprints(session, layout, values, rows[:bucket], min(counts), plain=True)
+        without.append({(row, 0): text for row, text in enumerate(texts)})
+        report(total - len(buckets) + done + 1, total)
+    runs = [*without, *(run for b in buckets for n in counts for run in found[b, n])]
+    if not all(
+        _agree(one, run) for one in [_answers(answers, rows, room), *without] for run in runs
+    ):
         raise EngineMismatch(
-            f"{session.name}: no batch size up to {largest} gives a row with adapters the same "
-            "bits at another place; build with --fast to do without exactness"
+            f"{session.name}: no batch size up to {largest} gives a row the same bits at another "
+            "place and beside other adapters; build with --fast to do without exactness"
         )
-    plain = [row for row in range(bucket) if not uses(row, room, layout.slots)]
-    agrees = all(twin.answers[row] == answers[row] for row in plain if row < len(twin.answers))
+    twins = {(row, 0): text for row, text in enumerate(twin.answers)}
     known = KnownAnswer(
         buckets=buckets,
         refused=[size for size in sizes if size not in buckets],
         probe_seed=PROBE_SEED,
         answers=answers,
     )
-    return counts, known, agrees
+    return counts, known, all(_agree(twins, run) for run in runs)
 
 
 def _agree(first: Answers, second: Answers) -> bool:
@@ -183,20 +200,26 @@ def check(
     counts: Sequence[int],
     known: KnownAnswer,
     bucket: int,
+    room: int,
 ) -> None:
-    """Run the known answer's first `bucket` rows and compare.
+    """Run rows of the known answer in one batch size and with room for `room`, and compare.
+
+    A row's bits don't depend on the room, so the same answers serve each: of the rows whose
+    adapters fit, as often as the batch has places.
 
     Raises:
         EngineMismatch: this machine or library gives other bits than the one that built the engine.
     """
-    room = max(counts)
-    values = probe(inputs, bucket, known.probe_seed)
-    slots = _slots(layout, 0)
-    found = _answer(session, layout, values, range(bucket), room, slots, known.probe_seed)
-    wrong = [row for row in range(bucket) if found[row] != known.answers[row]]
+    most = max(counts)
+    fits = [row for row in range(len(known.answers)) if uses(row, room, 1) == uses(row, most, 1)]
+    rows = (fits * bucket)[:bucket]
+    values = probe(inputs, max(rows) + 1, known.probe_seed)
+    found = _fingerprints(session, layout, values, rows, room, seed=known.probe_seed)
+    wrong = [row for row, text in zip(rows, found, strict=True) if text != known.answers[row]]
     if wrong:
         raise EngineMismatch(
-            f"{session.name} with adapters: batch {bucket} does not give the known answer here "
-            f"(rows {wrong[:8]}); results would not be the ones this engine was built for. Build "
-            "it again on this machine with `heatsink build MODEL -o ENGINE`"
+            f"{session.name} with adapters: batch {bucket} with room for {room} a row does not "
+            f"give the known answer here (rows {wrong[:8]}); results would not be the ones this "
+            "engine was built for. Build it again on this machine with `heatsink build MODEL -o "
+            "ENGINE`"
         )

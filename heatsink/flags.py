@@ -29,7 +29,11 @@ Fuse = Annotated[
     list[str] | None, typer.Option(help="FILE:SCALE, a LoRA to merge; may be repeated")
 ]
 Adapters = Annotated[
-    str, typer.Option(help="SLOTSxRANK: ports for so many adapters at a time, of that rank at most")
+    str,
+    typer.Option(
+        help="SLOTSxRANK: ports for so many adapters at a time, of that rank at most; a picture "
+        "can have up to 4 of them"
+    ),
 ]
 Ports = Annotated[
     str, typer.Option(help="which layers get ports: all, linear or attention (its projections)")
@@ -67,8 +71,8 @@ Size = Annotated[str, typer.Option(help="HEIGHTxWIDTH in pixels; the engine's ow
 Adapter = Annotated[
     list[str] | None,
     typer.Option(
-        help="FILE:WEIGHT or NAME=FILE:WEIGHT, a LoRA for all pictures; may be repeated. Needs an "
-        "engine built with --adapters"
+        help="FILE:WEIGHT or NAME=FILE:WEIGHT, a LoRA for all pictures; may be repeated, up to 4 "
+        "times (fewer if the build's note says so). Needs an engine built with --adapters"
     ),
 ]
 

@@ -25,7 +25,7 @@ from heatsink.runtime.adapter_mix import Mix
 from heatsink.runtime.adapter_receipt import AdapterReceipt
 from heatsink.runtime.adapter_slots import Slot, SlotTable
 from heatsink.runtime.adapter_stack import StackedAdapter, stack
-from heatsink.runtime.errors import InvalidRequest, UnknownAdapter
+from heatsink.runtime.errors import InvalidRequest, NotBuilt, UnknownAdapter
 from heatsink.runtime.port_layout import PortLayout
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -40,6 +40,7 @@ class AdapterBank:
         device: where the slots are.
         dtype: of the slots.
         loader: who copies into slots; a worker thread on the CPU, a side stream on a GPU.
+        most: by component, how many adapters a row of it may have; any number where it is missing.
 
     Raises:
         ValueError: no layout, two for one component, or different numbers of slots.
@@ -53,6 +54,7 @@ class AdapterBank:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         loader: Loader | None = None,
+        most: Mapping[str, int] | None = None,
     ) -> None:
         self.layouts = {layout.component: layout for layout in layouts}
         counts = {layout.slots for layout in layouts}
@@ -62,7 +64,7 @@ class AdapterBank:
                 f"layouts: expected one for each component, with one number of slots, got [{told}]"
             )
         self.slots = counts.pop()
-        self.targets, self.dtype = targets, dtype
+        self.targets, self.dtype, self.most = targets, dtype, dict(most or {})
         self._pin_memory = torch.device(device).type == "cuda"
         self._memory = SlotMemory(self.layouts, torch.device(device), dtype)
         memory = [t for each in self._memory.tensors.values() for t in each.values()]
@@ -115,15 +117,18 @@ class AdapterBank:
     def remove(self, name: str) -> None:
         """Forget a name; its content too, unless another name stands for it.
 
-        Requests under way keep what they hold.
+        A digest stands for all names of its content. Requests under way keep what they hold.
 
         Raises:
             UnknownAdapter: there is none of that name.
         """
         with self._lock:
             self.check([name])
-            self._names.pop(name)
-            self._pins.discard(name)
+            key = _key(name)
+            gone = [each for each, digest in self._names.items() if key in (each, digest)]
+            for each in gone:
+                self._names.pop(each)
+                self._pins.discard(each)
             self._forget_unnamed()
 
     def _forget_unnamed(self) -> None:
@@ -140,7 +145,7 @@ class AdapterBank:
             UnknownAdapter: lists those that are not, and those that are.
         """
         with self._lock:
-            unknown = [n for n in names if n not in self._names and n not in self._adapters]
+            unknown = [name for name in names if self._digest(name) not in self._adapters]
             known = sorted(self._names)
         if unknown:
             told = ", ".join(known) or "there is none; add one first"
@@ -159,12 +164,12 @@ class AdapterBank:
             digest = self._digest(name)
             slot = self._table.find(digest)
             return AdapterInfo(
-                name,
+                _key(name),
                 digest,
                 self._adapters[digest].modules,
                 slot.number if slot else None,
                 digest in self._pinned(),
-                self._receipts.get(name),
+                self._receipts.get(_key(name)),
             )
 
     def infos(self) -> dict[str, AdapterInfo]:
@@ -174,6 +179,31 @@ class AdapterBank:
 
     # In use
 
+    def mix(self, weights: Mapping[str, float]) -> Mix:
+        """What a request with these adapters uses; nothing is loaded or held.
+
+        Args:
+            weights: by name (or digest).
+
+        Raises:
+            UnknownAdapter: a name is not known.
+            InvalidRequest: a weight is not finite in float32.
+            NotBuilt: a component has no room for so many in a row.
+        """
+        with self._lock:
+            self.check(weights)
+            found = Mix.of(weights, self._digest)
+            for component, most in self.most.items():
+                own = {d for d in found.weights if component in self._adapters[d].components}
+                if len(own) > most:
+                    names = ", ".join(use.name for use in found.uses if use.digest in own)
+                    raise NotBuilt(
+                        f"adapters: this engine takes {most} at once in its {component}, the "
+                        f"request has {len(own)} ({names}); use fewer, or fuse some into an engine "
+                        "at build time with `--fuse FILE:SCALE`"
+                    )
+            return found
+
     def acquire(self, *mixes: Mapping[str, float]) -> Lease:
         """Hold the slots of all adapters of several requests, all or none; loads what is missing.
 
@@ -182,12 +212,12 @@ class AdapterBank:
 
         Raises:
             UnknownAdapter: a name is not known.
-            InvalidRequest: a weight is not finite in float32.
+            InvalidRequest, NotBuilt: as `mix`.
             CapacityError: more different adapters than there is room for.
         """
         with self._lock:
             self.check(dict.fromkeys(name for mix in mixes for name in mix))
-            resolved = [Mix.of(mix, self._digest) for mix in mixes]
+            resolved = [self.mix(mix) for mix in mixes]
             digests = sorted({digest for mix in resolved for digest in mix.weights})
             claimed = self._table.claim([self._adapters[d] for d in digests], self._pinned())
             return Lease(resolved, dict(zip(digests, claimed, strict=True)), self._release)
@@ -212,19 +242,20 @@ class AdapterBank:
         """
         with self._lock:
             self.prefetch(name)
-            self._pins.add(name)
+            self._pins.add(_key(name))
 
     def unpin(self, name: str) -> None:
         """Let an adapter be evicted again; does nothing where it is not pinned."""
         with self._lock:
-            self._pins.discard(name)
+            self._pins.discard(_key(name))
 
     def _pinned(self) -> set[str]:
         return {self._digest(name) for name in self._pins}
 
     def _digest(self, name: str) -> str:
         """A digest stands for itself."""
-        return self._names.get(name, name)
+        key = _key(name)
+        return self._names.get(key, key)
 
     def _called(self, digest: str) -> str:
         names = [name for name, each in sorted(self._names.items()) if each == digest]
@@ -281,4 +312,9 @@ class AdapterBank:
 def _spelled(name: str) -> str:
     if not isinstance(name, str) or not name or _DIGEST.fullmatch(name):
         raise InvalidRequest(f"name: expected a text that is no SHA-256, got {name!r}")
+    return _key(name)
+
+
+def _key(name: str) -> str:
+    """The one spelling under which a name is kept and found."""
     return unicodedata.normalize("NFC", name)

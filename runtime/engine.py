@@ -120,12 +120,12 @@ class Engine:
         """The request with its size filled in, if this engine can answer it now.
 
         Raises:
-            InvalidRequest, NotBuilt: see `EngineSpec.resolve`.
+            InvalidRequest, NotBuilt: see `EngineSpec.resolve` and `AdapterBank.mix`.
             UnknownAdapter: it names an adapter that was not added.
         """
         request = self.spec.resolve(request, ports=self.bank is not None)
         if self.bank is not None:
-            self.bank.check(request.adapters)
+            self.bank.mix(request.adapters)
         return request
 
     def generate(
@@ -164,7 +164,8 @@ class Engine:
 
         Raises:
             InvalidRequest: an argument is out of range or lists differ in length.
-            NotBuilt: the engine was not built for the size, or has no VAE encoder for `image`.
+            NotBuilt: the engine was not built for the size or for so many adapters in one prompt,
+                or has no VAE encoder for `image`.
             UnknownAdapter: an adapter was not added.
             CapacityError: the prompts need more different adapters than the bank has room for now.
             NumericError: a component gave NaN or infinity; names the request and the step.

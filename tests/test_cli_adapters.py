@@ -134,6 +134,20 @@ def test_generate_refuses_adapters_before_any_work(
     assert sorted(os.listdir()) == before
 
 
+def test_generate_refuses_more_adapters_than_a_row_has_room_for(
+    run: Run, sd1_folder: Path, ported: Engine, loras: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("heatsink.load", lambda *arguments, **options: ported)
+    monkeypatch.setattr(ported, "_components", {})
+    assert ported.bank is not None
+    monkeypatch.setattr(ported.bank, "most", {"unet": 1})
+    code, err = run(sd1_folder, "--adapter", loras[0], "--adapter", loras[1])
+    assert code == 2
+    assert "NotBuilt: adapters: this engine takes 1 at once in its unet, the request has 2" in err
+    assert sorted(os.listdir()) == sorted(loras)
+    assert ported.bank.stats().loads == 0
+
+
 def test_an_engine_without_ports_takes_no_adapter(
     run: Run, sd1_folder: Path, loras: list[str]
 ) -> None:

@@ -9,6 +9,26 @@ from typing import Any
 import pytest
 
 from heatsink.export import components
+from heatsink.export.build import Options, build
+from heatsink.runtime.adapter_targets import Targets
+from heatsink.runtime.model import Model
+
+
+@pytest.fixture(scope="session")
+def ported(tiny_sd1: Path, sd1_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny SD1 engine with ports for 3 adapters of rank 4. Don't change it."""
+    out = tmp_path_factory.mktemp("ported") / "engine"
+    options = Options(batch=(1, 2, 4), adapters=(3, 4))
+    report = build(tiny_sd1, out, options, reuse=[sd1_folder])
+    assert report.reused == ["vae_decoder", "vae_encoder"]
+    assert report.notes == []
+    return out
+
+
+@pytest.fixture(scope="session")
+def targets(tiny_sd1: Path) -> Targets:
+    """The modules of the tiny SD1 model."""
+    return Targets.of(Model.open(tiny_sd1))
 
 
 @pytest.fixture

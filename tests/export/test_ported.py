@@ -32,21 +32,6 @@ PORTED = ["text_encoder", "unet"]
 OPTIONS = Options(batch=(1, 2, 4), adapters=(3, 4))
 
 
-@pytest.fixture(scope="module")
-def ported(tiny_sd1: Path, sd1_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny SD1 engine with ports for 3 adapters of rank 4. Don't change it."""
-    out = tmp_path_factory.mktemp("ported") / "engine"
-    report = build(tiny_sd1, out, OPTIONS, reuse=[sd1_folder])
-    assert report.reused == PARTS[2:]
-    assert report.notes == []
-    return out
-
-
-@pytest.fixture(scope="module")
-def targets(tiny_sd1: Path) -> Targets:
-    return Targets.of(Model.open(tiny_sd1))
-
-
 def adapter(targets: Targets, seed: int) -> list[AdapterDelta]:
     """Rank 3 on every linear and convolution of the UNet and the text encoder."""
     draw = torch.Generator().manual_seed(seed)
@@ -235,10 +220,13 @@ def test_runs_without_adapters_have_no_ports(ported: Path, engine: Any) -> None:
     component(rows)
     # Rows without adapters open nothing.
     assert component._session is None
-    component(mixed(rows, MIXES))
+    one = [[], [], [], [(1, 1.0)], [], [], []]
+    # What is run for the first time is checked first.
+    for mixes in (MIXES, one):
+        component(mixed(rows, mixes))
     component._session = with_ports = Counting(component._session)
     component._twin._session = without = Counting(component._twin._session)
-    component(mixed(rows, [[], [], [], [(1, 1.0)], [], [], []]))
+    component(mixed(rows, one))
     # Seven rows: the one with an adapter is among the first four.
     assert with_ports.rows == [4]
     assert without.rows == [2, 1]
@@ -324,8 +312,36 @@ def test_another_answer_with_adapters_refuses_the_bucket(
     edit(folder, change)
     component = open_engine(folder, threads=1)._components["unet"]
     component(mixed(rows_of(folder, "unet", 1), [[(0, 1.0)]]))
+    # Row 3 of the probe has two adapters.
+    component(mixed(rows_of(folder, "unet", 4), [[(0, 1.0)]] * 4))
     with pytest.raises(EngineMismatch, match=r"unet with adapters: batch 4 .*rows \[3\]"):
-        component(mixed(rows_of(folder, "unet", 4), [[(0, 1.0)]] * 4))
+        component(mixed(rows_of(folder, "unet", 4), [[(0, 1.0), (1, 1.0)]] * 4))
+
+
+@pytest.mark.parametrize("room", [1, 2, 4])
+def test_every_room_is_checked_before_its_first_use(ported: Path, room: int) -> None:
+    class Spoiled(Counting):
+        def run(self, inputs: Any) -> Any:
+            found = super().run(inputs)
+            if inputs["adapter_slots"].shape[1] == room:
+                found["out"] = np.nextafter(found["out"], np.float32(np.inf))
+            return found
+
+    component: Any = open_engine(ported, threads=1)._components["unet"]
+    component._session = Spoiled(component._open())
+    rows = rows_of(ported, "unet", 2)
+    for width in (4, 1, 2):
+        mix = [(slot % 3, 1.0) for slot in range(width)]
+        if width == room:
+            match = f"unet with adapters: batch 2 with room for {room} a row"
+            with pytest.raises(EngineMismatch, match=match):
+                component(mixed(rows, [mix] * 2))
+        else:
+            component(mixed(rows, [mix] * 2))
+            component._session.rows.clear()
+            component(mixed(rows, [mix] * 2))
+            # Once is enough.
+            assert component._session.rows == [2]
 
 
 def test_a_damaged_table_is_refused(ported: Path, tmp_path: Path) -> None:

@@ -74,10 +74,13 @@ def test_an_exact_graph_runs_with_every_room_and_bucket() -> None:
     assert known.buckets == [1, 2, 4, 8]
     assert known.refused == []
     assert agrees
-    assert seen == [(done + 1, 16) for done in range(16)]
+    assert seen == [(done + 1, 20) for done in range(20)]
     assert set(session.runs) == {(bucket, room) for bucket in (1, 2, 4, 8) for room in COUNTS}
     for bucket in known.buckets:
-        check(FakeSession(), SPECS, LAYOUT, counts, known, bucket)
+        for room in counts:
+            session.runs.clear()
+            check(session, SPECS, LAYOUT, counts, known, bucket, room)
+            assert session.runs == [(bucket, room)]
 
 
 def test_a_room_that_gives_other_bits_is_refused() -> None:
@@ -108,16 +111,39 @@ def test_a_place_that_gives_other_bits_is_found(place: int) -> None:
     assert known.buckets == [1, 2, 4]
 
 
-def test_a_graph_that_adds_a_neighbours_adapter_is_found() -> None:
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_graph_that_adds_a_neighbour_is_found(whole: bool) -> None:
     class Mixed(FakeSession):
         def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
             out = super().run(inputs)["out"]
-            return {"out": out + np.roll(out, 1, axis=0)}
+            added = out if whole else out - inputs["x"] * np.float32(1.5)
+            return {"out": out + np.roll(added, 1, axis=0)}
 
     counts, known, agrees = measure(Mixed(), SPECS, LAYOUT, 4, twin(4))
+    # A row alone is its own neighbour: what is added of its adapters only, it has none of without.
     assert known.buckets == [1]
     assert counts == [1, 2, 4]
-    assert agrees
+    assert agrees == (not whole)
+
+
+def test_rows_that_differ_where_none_has_an_adapter_are_found() -> None:
+    class Empty(FakeSession):
+        def __init__(self, wrong: int | None) -> None:
+            super().__init__()
+            self.wrong = wrong
+
+        def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+            out = super().run(inputs)["out"]
+            if not len(inputs["adapter_rows"]) and self.wrong in (None, len(out)):
+                out[0] = np.nextafter(out[0], np.float32(np.inf))
+            return {"out": out}
+
+    # Row 0 has an adapter wherever the probe's rows have theirs.
+    _, known, agrees = measure(Empty(None), SPECS, LAYOUT, 4, twin(4))
+    assert known.buckets == [1, 2, 4]
+    assert not agrees
+    with pytest.raises(EngineMismatch, match="the same bits at another place and beside other"):
+        measure(Empty(2), SPECS, LAYOUT, 4, twin(4))
 
 
 def test_a_graph_that_reads_the_slots_number_is_found() -> None:
@@ -130,14 +156,29 @@ def test_a_graph_that_reads_the_slots_number_is_found() -> None:
             return {"out": out}
 
     # Each run has the adapters in other slots.
-    with pytest.raises(EngineMismatch, match="fake: no batch size up to 4 gives a row with"):
+    with pytest.raises(EngineMismatch, match="fake: no batch size up to 4 gives a row the same"):
         measure(Numbered(), SPECS, LAYOUT, 4, twin(4))
 
 
-def test_check_names_batch_and_rows() -> None:
+@pytest.mark.parametrize("room", COUNTS)
+@pytest.mark.parametrize("place", range(4))
+def test_check_looks_at_every_place_with_every_room(room: int, place: int) -> None:
     counts, known, _ = measured(lambda batch, room: [])
-    with pytest.raises(EngineMismatch, match=r"fake with adapters: batch 4 .*rows \[2\]"):
-        check(FakeSession(lambda batch, room: [2]), SPECS, LAYOUT, counts, known, 4)
+    # The rows of the probe whose adapters fit into 1, 2 and 4.
+    row = {1: [0, 1, 4, 5], 2: [0, 1, 3, 4], 4: [0, 1, 2, 3]}[room][place]
+    message = rf"fake with adapters: batch 4 with room for {room} a row .*\(rows \[{row}\]\)"
+    spoiled = FakeSession(lambda batch, given: [place] if given == room else [])
+    with pytest.raises(EngineMismatch, match=message):
+        check(spoiled, SPECS, LAYOUT, counts, known, 4, room)
+    for other in set(counts) - {room}:
+        check(spoiled, SPECS, LAYOUT, counts, known, 4, other)
+
+
+def test_check_serves_a_graph_with_room_for_less() -> None:
+    counts, known, _ = measured(lambda batch, room: list(range(batch)) if room == 4 else [])
+    assert counts == [1, 2]
+    for room in counts:
+        check(FakeSession(), SPECS, LAYOUT, counts, known, 8, room)
 
 
 def test_the_probes_rows_have_none_one_two_and_four_adapters() -> None:

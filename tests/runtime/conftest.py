@@ -144,13 +144,17 @@ class Fakes:
         return Engine(self._spec, {**parts, "vae_decoder": decode}, bank)
 
     def bank(
-        self, *components: str, slots: int = SLOTS, loader: Loader | None = None
+        self,
+        *components: str,
+        slots: int = SLOTS,
+        loader: Loader | None = None,
+        most: Mapping[str, int] | None = None,
     ) -> AdapterBank:
         layouts = [PortLayout.of(name, slots, RANK, SHAPES[name]) for name in components or SHAPES]
         flat = {
             name: {path.replace(".", "_"): path for path in table} for name, table in SHAPES.items()
         }
-        return AdapterBank(layouts, targets=Targets(SHAPES, flat), loader=loader)
+        return AdapterBank(layouts, targets=Targets(SHAPES, flat), loader=loader, most=most)
 
     def style(self, name: str, rank: int = 2) -> list[AdapterDelta]:
         """An adapter that its name decides."""

@@ -293,6 +293,39 @@ def test_names_are_one_text_in_any_spelling() -> None:
     bank = AdapterBank(layouts())
     assert bank.add("cafe\u0301", style(0)).name == "caf\u00e9"
     assert bank.info("caf\u00e9").modules == ("unet.mid.conv", "unet.mid.to_q")
+    for one, other in (("cafe\u0301", "caf\u00e9"), ("caf\u00e9", "cafe\u0301")):
+        assert bank.info(one) == bank.info(other)
+        assert use(bank, one) == use(bank, other)
+        assert bank.slot_digest(one) == bank.slot_digest(other)
+        bank.pin(one)
+        assert bank.infos()["caf\u00e9"].pinned
+        bank.unpin(other)
+        assert not bank.info(one).pinned
+        bank.remove(one)
+        assert bank.infos() == {}
+        bank.add(other, style(0))
+
+
+def test_a_digest_stands_for_its_name() -> None:
+    bank = filled(2)
+    bank.add("twin", style(0))
+    digest = bank.info("s0").digest
+    assert use(bank, digest) == use(bank, "s0")
+    assert bank.info(digest).modules == bank.info("s0").modules
+    bank.pin(digest)
+    assert bank.info("twin").pinned
+    bank.unpin(digest)
+    assert not bank.info("s0").pinned
+    bank.pin("s0")
+    bank.pin(digest)
+    # All names of the content go, and what else is there stays.
+    bank.remove(digest)
+    assert list(bank.infos()) == ["s1"]
+    assert (bank.stats().used, bank.stats().pinned) == (0, 0)
+    with pytest.raises(UnknownAdapter, match=f"no '{digest}' here: s1"):
+        bank.remove(digest)
+    bank.add("s0", style(0))
+    assert not bank.info("s0").pinned
 
 
 def test_the_banks_figures() -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from heatsink.runtime.adapter_file import write_adapter
 from heatsink.runtime.adapters import AdapterBank
+from heatsink.runtime.arguments import make_requests
 from heatsink.runtime.engine import Engine
 from heatsink.runtime.errors import (
     AdapterError,
@@ -54,6 +55,37 @@ def test_what_can_not_be_run_is_told_before_any_work(styled: Engine, fakes: Any)
     # Four at a time are fine, and one after the other there is room for any number.
     assert len(fakes.images(styled, ["a"] * 4, adapters=list(fakes.styles))) == 4
     assert fakes.images(styled, ["a"], adapters="fifth")
+
+
+def test_more_adapters_than_a_row_has_room_for_are_told_before_any_work(fakes: Any) -> None:
+    engine = fakes.engine(fakes.bank(most={"unet": 2, "text_encoder": 1}))
+    for name in fakes.styles:
+        engine.add_adapter(name, fakes.style(name))
+    engine.add_adapter("clay again", fakes.style("clay"))
+    three = {"noto": 1.0, "clay": 1.0, "twemoji": 1.0}
+    for mix, message in (
+        (three, r"takes 2 at once in its unet, the request has 3 \((clay|noto|twemoji), "),
+        ({"noto": 1.0, "ink": 1.0}, "takes 1 at once in its text_encoder, the request has 2"),
+    ):
+        (request,) = make_requests("a", negative_prompt=None, image=None, strength=None, seed=0,
+                                   size=None, adapters=mix)[0]  # fmt: skip
+        attempts: list[Callable[[], object]] = [
+            lambda mix=mix: engine.generate(["a", "b"], adapters=["noto", mix]),  # type: ignore[misc]
+            lambda request=request: engine.resolve(request),  # type: ignore[misc]
+            lambda mix=mix: engine.bank.acquire({}, mix),  # type: ignore[misc]
+        ]
+        for attempt in attempts:
+            with pytest.raises(NotBuilt, match=message):
+                attempt()
+    assert fakes.calls(engine, "text_encoder") == []
+    assert engine.bank.stats().loads == engine.bank.stats().leased == 0
+    # One content is one adapter, nothing is none, and each component has a limit of its own.
+    for mix in (
+        {"clay": 0.5, "clay again": 0.5, "noto": 1.0},
+        {**three, "noto": 0.0},
+        {"ink": 1.0, "clay": 1.0, "twemoji": 1.0},
+    ):
+        assert fakes.images(engine, ["a"], adapters=mix)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +206,9 @@ def test_adding_a_file_says_what_it_changes(styled: Engine, tmp_path: Path, fake
     assert info.receipt is not None
     assert info.receipt.format == "kohya"
     assert styled.adapters["twemoji"].receipt is None
-    # It was copied: the file may go.
-    (tmp_path / "a.safetensors").unlink()
+    # It was copied: what is written over the file doesn't reach it, as it would a mapping.
+    size = (tmp_path / "a.safetensors").stat().st_size
+    with (tmp_path / "a.safetensors").open("r+b") as file:
+        file.write(b"\xff" * size)
     pair = fakes.images(styled, ["a fox"] * 2, adapters=["from a file", "twemoji"])
     assert pair[0] == pair[1]

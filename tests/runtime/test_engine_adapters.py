@@ -60,9 +60,10 @@ def test_a_request_gives_the_same_pixels_beside_any_mix(styled: Engine, order: l
     assert together.receipts == [alone[place] for place in order]
 
 
-def test_rows_without_an_adapter_are_those_of_an_engine_without_ports(
+def test_rows_without_an_adapter_are_those_of_components_that_are_given_none(
     styled: Engine, fakes: Any
 ) -> None:
+    # The same stand-ins: of a real engine this holds against its own twin, not against a plain one.
     plain = fakes.images(fakes.engine(None), ["a fox"])
     assert fakes.images(styled, ["a fox"]) == plain
     assert (
