@@ -49,17 +49,28 @@ def beside(path: Path) -> Config:
 def in_header(
     path: Path, metadata: Mapping[str, str], keys: Mapping[str, Any]
 ) -> dict[str, Config]:
-    """The configurations in the file's header by component; empty where it has none."""
+    """The configurations in the file's header by component; empty where it has none.
+
+    Fields are of a component (`unet.r`), or of the one network whose keys stand without a prefix.
+
+    Raises:
+        AdapterError: whose a field is, can't be told.
+    """
     if METADATA_KEY not in metadata:
         return {}
     fields = _json_object(metadata[METADATA_KEY], f"{path}: its metadata {METADATA_KEY}")
-    if any(map(has_no_prefix, keys)):
-        return {"unet": fields}
+    bare = {name: value for name, value in fields.items() if "." not in name}
     configs: dict[str, Config] = {}
     for key, value in fields.items():
         component, _, field = key.partition(".")
-        configs.setdefault(component, {})[field] = value
-    return configs
+        if field:
+            configs.setdefault(component, {})[field] = value
+    if bare and (configs or not any(map(has_no_prefix, keys))):
+        raise AdapterError(
+            f"{path}: the fields {sorted(bare)[:3]} of its metadata {METADATA_KEY} name no"
+            " component"
+        )
+    return {"unet": bare} if bare else configs
 
 
 def component_of(config: Mapping[str, Any]) -> str | None:

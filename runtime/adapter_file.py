@@ -242,6 +242,12 @@ def _read_modules(reading: _Reading, configs: Mapping[str, Mapping[str, Any]]) -
         shape = reading.targets.shapes[component][module] if reading.targets else None
         try:
             config = configs.get(component)
+            if configs and config is None and "alpha" not in roles:
+                told = ", ".join(sorted(configs))
+                raise Unknown(
+                    f"contradiction: the metadata gives the scales of {told},"
+                    f" and none of {component}"
+                )
             reading.deltas.append(read_module(component, module, tensors, shape, config))
         except Unknown as reason:
             reading.refused.update(dict.fromkeys(roles.values(), str(reason)))

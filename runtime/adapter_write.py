@@ -88,9 +88,33 @@ def _write_peft(
         raise AdapterError(
             f"a PEFT adapter is of one component; this one has {' and '.join(configs)}"
         )
-    _save(path, _dotted_tensors(deltas, dict.fromkeys(configs, PEFT_PREFIX)), header)
+    for other in sorted(path.parent.glob("*.safetensors")):
+        if other.name != path.name and _is_peft(other):
+            raise AdapterError(
+                f"{other} takes its scales from the {CONFIG_NAME} beside it: write another PEFT"
+                " adapter into a folder of its own"
+            )
+    staged = path.with_name(f"{path.stem}.staged{path.suffix}")
+    _save(staged, _dotted_tensors(deltas, dict.fromkeys(configs, PEFT_PREFIX)), header)
     text = json.dumps(next(iter(configs.values())), indent=2, sort_keys=True)
-    write_whole(path.parent / CONFIG_NAME, lambda file: file.write(text.encode()))
+    try:
+        # Between these steps there is no adapter, rather than one with another's scale.
+        path.unlink(missing_ok=True)
+        write_whole(path.parent / CONFIG_NAME, lambda file: file.write(text.encode()))
+        staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def _is_peft(path: Path) -> bool:
+    """Whether a file's keys are PEFT's; one that can't be read is nobody's adapter."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as handle:
+            return any(key.startswith(PEFT_PREFIX) for key in handle.keys())  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return False
 
 
 def _save(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:

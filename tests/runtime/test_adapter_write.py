@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from heatsink.runtime.adapter_config import METADATA_KEY
 from heatsink.runtime.adapter_file import (
     AdapterDelta,
     digest_deltas,
@@ -131,18 +133,18 @@ def test_every_pair_of_formats_keeps_every_bit(
     formats = ("diffusers", "peft", "kohya")
     for first, second in itertools.product(formats, formats):
         folder = tmp_path / f"{first}-{second}"
-        folder.mkdir()
+        (folder / "again").mkdir(parents=True)
         write_adapter(folder / "a.safetensors", deltas, first)
         read = read_adapter(folder / "a.safetensors", model)
         assert_same(read, deltas)
-        write_adapter(folder / "b.safetensors", read, second)
-        receipt, again = inspect_adapter(folder / "b.safetensors", model)
+        write_adapter(folder / "again/b.safetensors", read, second)
+        receipt, again = inspect_adapter(folder / "again/b.safetensors", model)
         assert receipt.format == second
         assert receipt.digest == digest
         assert receipt.dtypes == (str(DTYPES[dtype]).removeprefix("torch."),)
         assert_same(again, deltas)
     assert with_dora == any(
-        ".dora_scale" in k for k in load_file(tmp_path / "kohya-kohya/b.safetensors")
+        ".dora_scale" in k for k in load_file(tmp_path / "kohya-kohya/again/b.safetensors")
     )
 
 
@@ -214,3 +216,92 @@ def test_the_header_keeps_its_texts(tiny_sd1: Path, tmp_path: Path) -> None:
     write_adapter(tmp_path / "a", [lora(model, "unet", TO_K, 2)], metadata={"ss_note": "x"})
     with safe_open(tmp_path / "a", "pt") as file:
         assert file.metadata() == {"format": "pt", "ss_note": "x"}
+
+
+@pytest.mark.parametrize(
+    ("prefix", "fields"),
+    [
+        ("unet.", {"r": 16, "lora_alpha": 8}),
+        ("unet.", {"transformer.r": 16, "transformer.lora_alpha": 8}),
+        ("unet.", {"text_encoder.r": 16, "text_encoder.lora_alpha": 8}),
+        ("", {"unet.r": 16, "lora_alpha": 8}),
+    ],
+)
+def test_metadata_of_nobody_in_the_file_is_refused(
+    prefix: str, fields: dict[str, Any], tiny_sd1: Path, tmp_path: Path
+) -> None:
+    path = _with_metadata(tmp_path, tiny_sd1, prefix, fields)
+    with pytest.raises(AdapterError, match=r"name no component|gives the scales of"):
+        read_adapter(path, Model.open(tiny_sd1))
+
+
+@pytest.mark.parametrize(
+    ("prefix", "fields"),
+    [
+        ("", {"unet.r": 16, "unet.lora_alpha": 8}),
+        ("", {"r": 16, "lora_alpha": 8}),
+        ("unet.", {"unet.r": 16, "unet.lora_alpha": 8}),
+    ],
+)
+def test_metadata_counts_with_and_without_a_prefix(
+    prefix: str, fields: dict[str, Any], tiny_sd1: Path, tmp_path: Path
+) -> None:
+    path = _with_metadata(tmp_path, tiny_sd1, prefix, fields)
+    (delta,) = read_adapter(path, Model.open(tiny_sd1))
+    assert delta.scale == 0.5
+
+
+def _with_metadata(folder: Path, model: Path, prefix: str, fields: dict[str, Any]) -> Path:
+    module = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    outputs, inputs = Model.open(model).weights("unet").shape(f"{module}.weight")
+    tensors = {
+        f"{prefix}{module}.lora_A.weight": torch.ones(16, inputs),
+        f"{prefix}{module}.lora_B.weight": torch.ones(outputs, 16),
+    }
+    path = folder / "a.safetensors"
+    save_file(tensors, path, metadata={METADATA_KEY: json.dumps(fields)})
+    return path
+
+
+def test_a_peft_adapter_takes_no_other_ones_configuration(tiny_sd1: Path, tmp_path: Path) -> None:
+    model = Model.open(tiny_sd1)
+    (delta,) = read_adapter(_with_metadata(tmp_path, tiny_sd1, "", {"r": 16}), model)
+    folder = tmp_path / "peft"
+    folder.mkdir()
+    write_adapter(folder / "adapter_model.safetensors", [delta], "peft")
+    with pytest.raises(AdapterError, match="a folder of its own"):
+        write_adapter(folder / "second.safetensors", [replace(delta, scale=0.5)], "peft")
+    (kept,) = read_adapter(folder / "adapter_model.safetensors", model)
+    assert kept.scale == delta.scale
+    # Its own place may be written again.
+    write_adapter(folder / "adapter_model.safetensors", [replace(delta, scale=0.5)], "peft")
+    (again,) = read_adapter(folder / "adapter_model.safetensors", model)
+    assert again.scale == 0.5
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+
+
+def test_a_peft_adapter_that_is_cut_off_is_none(
+    tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Model.open(tiny_sd1)
+    (delta,) = read_adapter(_with_metadata(tmp_path, tiny_sd1, "", {"r": 16}), model)
+    folder = tmp_path / "peft"
+    folder.mkdir()
+    path = folder / "adapter_model.safetensors"
+    write_adapter(path, [delta], "peft")
+    monkeypatch.setattr(Path, "replace", _interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_adapter(path, [replace(delta, scale=0.5)], "peft")
+    monkeypatch.undo()
+    if path.exists():
+        (kept,) = read_adapter(path, model)
+        assert kept.scale == delta.scale
+
+
+def _interrupted(self: Path, target: Path) -> Path:
+    if Path(target).name == "adapter_config.json":
+        raise KeyboardInterrupt
+    return Path(os.rename(self, target) or target)
