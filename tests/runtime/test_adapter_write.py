@@ -304,4 +304,5 @@ def test_a_peft_adapter_that_is_cut_off_is_none(
 def _interrupted(self: Path, target: Path) -> Path:
     if Path(target).name == "adapter_config.json":
         raise KeyboardInterrupt
-    return Path(os.rename(self, target) or target)
+    os.rename(self, target)
+    return Path(target)
