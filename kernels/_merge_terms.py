@@ -20,7 +20,7 @@ class Term:
         weight: the weight's number among those of the merge.
         a: `(rank, columns)` or `(rank, *shape of a row)`: fp16, bf16 or fp32.
         b: `(count, rank)`, fp16, bf16 or fp32.
-        scale: the adapter's scale times its weight. At 0 the term is left out, magnitude and all.
+        scale: the adapter's scale times its weight. At 0 only a magnitude has an effect.
         magnitude: of DoRA, `(count,)`, the length of every adapted row; None for plain LoRA.
         row: the first row.
         step: from a row to the next; more than 1 where a pass interleaved several weights.
@@ -38,7 +38,8 @@ class Term:
     def counts(self) -> bool:
         """Whether it has any effect."""
         rows, rank = self.b.shape
-        return self.scale != 0 and rows > 0 and (rank > 0 or self.magnitude is not None)
+        adds = self.scale != 0 and rank > 0
+        return rows > 0 and (adds or self.magnitude is not None)
 
 
 def rows_of(x: Tensor) -> int:

@@ -47,12 +47,20 @@ class MergePlan:
         on_gpu: whether they lie on a CUDA device.
     """
 
-    def __init__(self, base: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        base: Sequence[Tensor],
+        out: Sequence[Tensor],
+        *,
+        unknown: Sequence[int] | None = None,
+    ) -> None:
         """Check the weights; nothing is written yet.
 
         Args:
             base: see `lora_merge`.
             out: see `lora_merge`; no weight may be its own base.
+            unknown: numbers of the weights that may hold something else than their base: the first
+                merge writes them. All by default.
 
         Raises:
             TypeError: as `lora_merge` does.
@@ -63,8 +71,9 @@ class MergePlan:
         self.base, self.out = tuple(base), tuple(out)
         self.on_gpu = bool(base) and base[0].is_cuda
         self._tables = MergeTables(self.base, self.out) if self.on_gpu else None
-        # What `out` holds is not known before the first merge.
-        self._other = np.ones(len(base), np.bool_)
+        # Which of `out` hold something else than their base.
+        self._other = np.full(len(base), unknown is None)
+        self._other[list(unknown or ())] = True
 
     def prepare(self, terms: Sequence[Term]) -> Prepared:
         """Check an adapter's terms and keep them as a merge needs them.

@@ -7,12 +7,10 @@ memory, so a captured CUDA graph replays with the new ones.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -20,33 +18,15 @@ import torch
 from torch import Tensor
 
 from heatsink.kernels.lora_merge import Term, lora_merge
-from heatsink.runtime.adapter_delta import AdapterDelta, digest_deltas, owned
+from heatsink.runtime.adapter_delta import AdapterDelta, owned
 from heatsink.runtime.errors import AdapterError, NonFiniteWeights
 from heatsink.runtime.graph.weight import Origin
 from heatsink.runtime.merge_gate import MergeGate
 from heatsink.runtime.merge_layout import Stamp, check_layout, stamp
-from heatsink.runtime.merge_terms import Part, parts_of, places_of
+from heatsink.runtime.merge_plans import MergePlans
+from heatsink.runtime.merge_terms import Part, Prepared, parts_of, places_of
 from heatsink.runtime.pristine import STAGING, Cost, Keep, Pristine, costs
 from heatsink.runtime.weights import hash_tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Prepared:
-    """An adapter ready to be merged: checked, on the devices of the weights it changes.
-
-    Attributes:
-        deltas: copies of those that came.
-        parts: what they do to live weights.
-    """
-
-    deltas: tuple[AdapterDelta, ...]
-    parts: tuple[Part, ...]
-
-    @functools.cached_property
-    def digest(self) -> str:
-        """SHA-256 of the adapter's values."""
-        return digest_deltas(self.deltas)
-
 
 Applied = Sequence[tuple[Prepared, float]]
 # What the kernel takes; of any other dtype, a file's values become fp32.
@@ -83,6 +63,7 @@ class Merger:
         self._shapes = {key: tuple(weight.shape) for key, weight in self._live.items()}
         self._places = places_of(self._shapes, origins)
         self._pristine = Pristine(keep, source)
+        self._plans = MergePlans()
         self._stream = stream
         self._staging = staging
         self._stamps: dict[str, Stamp] = {}
@@ -304,18 +285,32 @@ class Merger:
         groups: dict[tuple[torch.device, torch.dtype], list[str]] = defaultdict(list)
         for key in touched:
             groups[self._live[key].device, self._live[key].dtype].append(key)
-        parts: dict[str, list[tuple[Part, float]]] = defaultdict(list)
-        for prepared, weight in wanted:
-            for part in prepared.parts:
-                parts[part.key].append((part, weight))
-        for (device, _), keys in groups.items():
-            for some in self._in_pieces(device, keys):
-                self._merge(device, some, parts)
+        for group, keys in groups.items():
+            if self._pristine.keep == "device":
+                self._plan(group, keys, wanted)
+                self._stamps.update({key: stamp(self._live[key]) for key in keys})
+                continue
+            for some in self._in_pieces(group[0], keys):
+                self._merge(group[0], some, wanted)
                 self._stamps.update({key: stamp(self._live[key]) for key in some})
 
+    def _plan(
+        self, group: tuple[torch.device, torch.dtype], keys: Sequence[str], wanted: Applied
+    ) -> None:
+        """One launch over weights whose pristine values lie beside them."""
+        changed = self._changed()
+        live = {
+            key: weight.detach()
+            for key, weight in sorted(self._live.items())
+            if key in self._pristine and key not in changed
+            if (weight.device, weight.dtype) == group
+        }
+        base = {key: self._pristine.read(key) for key in live}
+        self._plans.write(group, live, base, keys, wanted)
+
     def _in_pieces(self, device: torch.device, keys: list[str]) -> Iterator[list[str]]:
-        """All at once where pristine weights are on the device; else as many as may be staged."""
-        if self._pristine.keep == "device" or device.type == "cpu":
+        """All at once on the CPU, where nothing is staged; else as many as may be."""
+        if device.type == "cpu":
             yield keys
             return
         piece: list[str] = []
@@ -332,9 +327,13 @@ class Merger:
         self,
         device: torch.device,
         keys: list[str],
-        parts: Mapping[str, Sequence[tuple[Part, float]]],
+        wanted: Applied,
     ) -> None:
         """One launch: each weight from its pristine values, with its terms or without."""
+        parts: dict[str, list[tuple[Part, float]]] = defaultdict(list)
+        for prepared, weight in wanted:
+            for part in prepared.parts:
+                parts[part.key].append((part, weight))
         base: list[Tensor] = []
         out: list[Tensor] = []
         terms: list[Term] = []

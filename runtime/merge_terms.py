@@ -12,13 +12,14 @@ With rows V = c P of a live weight (`scale by c`):
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from heatsink.runtime.adapter_delta import AdapterDelta
+from heatsink.runtime.adapter_delta import AdapterDelta, digest_deltas
 from heatsink.runtime.errors import AdapterError, HeatsinkError
 from heatsink.runtime.graph.weight import COMPUTED, IDENTITY, Origin, Slice, placed
 
@@ -63,6 +64,24 @@ class Part:
     magnitude: Tensor | None
     row: int
     step: int
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """An adapter ready to be merged: checked, on the devices of the weights it changes.
+
+    Attributes:
+        deltas: copies of those that came.
+        parts: what they do to live weights.
+    """
+
+    deltas: tuple[AdapterDelta, ...]
+    parts: tuple[Part, ...]
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of the adapter's values."""
+        return digest_deltas(self.deltas)
 
 
 def weight_key(component: str, name: str) -> str:

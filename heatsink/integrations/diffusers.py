@@ -33,8 +33,9 @@ from heatsink.runtime.adapter_delta import AdapterDelta, digest_deltas, owned
 from heatsink.runtime.adapter_file import inspect_adapter
 from heatsink.runtime.adapter_receipt import AdapterReceipt
 from heatsink.runtime.errors import AdapterError, CallerError, InvalidRequest, UnknownAdapter
-from heatsink.runtime.merge import Merger, Prepared
+from heatsink.runtime.merge import Merger
 from heatsink.runtime.merge_gate import MergeGate
+from heatsink.runtime.merge_terms import Prepared
 from heatsink.runtime.model import Model
 from heatsink.runtime.pristine import ComponentSource, Cost, Keep
 

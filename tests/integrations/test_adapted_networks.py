@@ -15,12 +15,12 @@ from torch import Tensor
 
 import heatsink
 from heatsink.integrations.diffusers import Adapters
+from heatsink.kernels.merge_plan import MergePlan
 from heatsink.runtime.adapter_delta import AdapterDelta
 from heatsink.runtime.adapter_file import write_adapter
 from heatsink.runtime.errors import (
     AdapterError,
 )
-from heatsink.runtime.merge import Merger
 
 Make = Callable[..., list[AdapterDelta]]
 PROMPTS = ["a red apple", "two cats"]
@@ -187,7 +187,7 @@ def test_no_image_is_made_of_a_torn_merge(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setitem(Merger._merge.__globals__, "lora_merge", interrupted)
+        patch.setattr(MergePlan, "_call", interrupted)
         with pytest.raises(KeyboardInterrupt):
             adapters.use({"a": 1.0})
     assert adapters.in_use is None

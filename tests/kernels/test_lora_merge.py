@@ -229,12 +229,21 @@ def test_terms_without_effect_are_left_out(run: Run, seed: int) -> None:
     base = [normal((6, 8), torch.float16, seed)]
     base[0][0, 0] = -0.0
     none = [
-        Term(0, torch.ones(2, 8), torch.ones(6, 2), 0.0, torch.ones(6)),
+        Term(0, torch.ones(2, 8), torch.ones(6, 2), 0.0),
         Term(0, torch.ones(2, 8), torch.ones(0, 2), 1.0),
         Term(0, torch.ones(0, 8), torch.ones(6, 0), 1.0),
     ]
     (out,) = merged(run, base, none)
     assert torch.equal(bits(out), bits(base[0]))
+
+
+@ALL
+def test_a_magnitude_counts_at_scale_0(run: Run, check: Callable[..., None], seed: int) -> None:
+    base = [normal((6, 8), torch.float32, seed)]
+    terms = [replace(term(base[0], 2, seed, magnitude=True), scale=0.0)]
+    check(run, base, terms)
+    out = merged(run, base, terms)
+    assert torch.allclose(out[0].norm(dim=1), terms[0].magnitude)
 
 
 @ALL

@@ -45,6 +45,7 @@ def fresh(base: list[Tensor], chosen: list[tuple[list[Term], float]]) -> list[Te
     terms = [
         Term(t.weight, t.a, t.b, t.scale * weight, t.magnitude, t.row, t.step)
         for terms, weight in chosen
+        if weight
         for t in terms
     ]
     lora_merge(base, out, terms)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from heatsink.kernels.merge_plan import MergePlan
 from heatsink.runtime.merge import Merger
 from heatsink.runtime.model import Model
 from heatsink.runtime.pristine import ComponentSource, Keep, costs
@@ -96,13 +97,13 @@ def test_one_launch_over_what_is_touched_now_or_was_before(
     torch.manual_seed(seed)
     live = tools.weights_of(tools.unet_of(tiny_sd1))
     calls: list[tuple[int, int]] = []
-    plain = Merger._merge.__globals__["lora_merge"]
+    plain = MergePlan._call
 
-    def counted(base: list[Tensor], out: list[Tensor], terms: list[object]) -> None:
-        calls.append((len(out), len(terms)))
-        plain(base, out, terms)
+    def counted(plan: MergePlan, chosen: Any, written: Any) -> None:
+        calls.append((len(written), sum(len(one.terms) for one, _ in chosen)))
+        plain(plan, chosen, written)
 
-    monkeypatch.setitem(Merger._merge.__globals__, "lora_merge", counted)
+    monkeypatch.setattr(MergePlan, "_call", counted)
     merger = Merger(live)
     a, b = tools.adapter(live, tools.paths[:4]), tools.adapter(live, tools.paths[3:])
     merger.apply([(a, 1.0)])

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
+from heatsink.kernels.merge_plan import MergePlan
 from heatsink.runtime.adapter_delta import AdapterDelta, digest_deltas
 from heatsink.runtime.errors import AdapterError, CallerError, MergeTimeout, NonFiniteWeights
 from heatsink.runtime.merge import Merger
@@ -100,16 +100,16 @@ def test_a_launch_that_fails_half_way_is_undone(
     first, second = tools.adapter(live, tools.paths[:3]), tools.adapter(live, tools.paths[2:])
     merger.apply([(first, 1.0)])
     before = merger.digest()
-    plain = Merger._merge.__globals__["lora_merge"]
+    plain = MergePlan._call
     failing = iter([True, False])
 
-    def half(base: list[Tensor], out: list[Tensor], terms: list[object]) -> None:
+    def half(plan: MergePlan, chosen: Any, written: Any) -> None:
         if next(failing):
-            out[0].fill_(7.0)
+            plan.out[written[0]].fill_(7.0)
             raise RuntimeError("the launch failed")
-        plain(base, out, terms)
+        plain(plan, chosen, written)
 
-    monkeypatch.setitem(Merger._merge.__globals__, "lora_merge", half)
+    monkeypatch.setattr(MergePlan, "_call", half)
     with pytest.raises(RuntimeError, match="the launch failed"):
         merger.apply([(second, 1.0)])
     assert merger.digest() == before
@@ -122,17 +122,17 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, times: int) -> list[int]:
 
     `times` times; returns what is left.
     """
-    plain, left = Merger._merge.__globals__["lora_merge"], [times]
+    plain, left = MergePlan._call, [times]
 
-    def then(base: list[Tensor], out: list[Tensor], terms: list[object]) -> None:
+    def then(plan: MergePlan, chosen: Any, written: Any) -> None:
         again = left[0] < times
         if not (left[0] and again):
-            plain(base, out, terms)
+            plain(plan, chosen, written)
         if left[0]:
             left[0] -= 1
             raise KeyboardInterrupt
 
-    monkeypatch.setitem(Merger._merge.__globals__, "lora_merge", then)
+    monkeypatch.setattr(MergePlan, "_call", then)
     return left
 
 
