@@ -240,10 +240,12 @@ def test_terms_without_effect_are_left_out(run: Run, seed: int) -> None:
 @ALL
 def test_a_magnitude_counts_at_scale_0(run: Run, check: Callable[..., None], seed: int) -> None:
     base = [normal((6, 8), torch.float32, seed)]
-    terms = [replace(term(base[0], 2, seed, magnitude=True), scale=0.0)]
+    whole = term(base[0], 2, seed, magnitude=True)
+    terms = [replace(whole, scale=0.0)]
     check(run, base, terms)
     out = merged(run, base, terms)
-    assert torch.allclose(out[0].norm(dim=1), terms[0].magnitude)
+    assert whole.magnitude is not None
+    assert torch.allclose(out[0].norm(dim=1), whole.magnitude)
 
 
 @ALL
