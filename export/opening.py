@@ -7,16 +7,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from heatsink.export import exactness
+from heatsink.export.backends import backend
 from heatsink.export.manifest import Component, KnownAnswer, Manifest, read_manifest
 from heatsink.export.opening_ports import PortedComponent
 from heatsink.export.port_table import read_table
 from heatsink.runtime.adapters import AdapterBank
-from heatsink.runtime.backends.onnxruntime import OnnxRuntimeSession
 from heatsink.runtime.backends.session import Array, Session
 from heatsink.runtime.buckets import run_rows
 from heatsink.runtime.digest import sha256_file
 from heatsink.runtime.engine import Engine
-from heatsink.runtime.errors import EngineMismatch, NotBuilt
+from heatsink.runtime.errors import EngineMismatch
+from heatsink.runtime.native.component import Workspace
 from heatsink.runtime.port_layout import PortLayout
 from heatsink.runtime.schedule import ScheduleConfig
 from heatsink.runtime.spec import EngineSpec
@@ -94,17 +95,36 @@ def check_files(folder: Path, manifest: Manifest, progress: Progress | None = No
 
 
 def open_session(
-    manifest: Manifest, folder: Path, name: str, *, threads: int = 0, ported: bool = False
+    manifest: Manifest,
+    folder: Path,
+    name: str,
+    *,
+    threads: int = 0,
+    ported: bool = False,
+    workspace: Workspace | None = None,
 ) -> Session:
-    """Open one component through the manifest's backend; `ported`: its graph with adapter ports.
+    """Open one component through the manifest's backend.
+
+    Args:
+        manifest: of the engine.
+        folder: of the engine.
+        name: of the component.
+        threads: of the CPU backend; 0 lets it choose.
+        ported: its graph with adapter ports.
+        workspace: memory that components share which run one after the other.
 
     Raises:
         NotBuilt: this version can't run that backend.
     """
-    if manifest.backend != "onnxruntime":
-        raise NotBuilt(f"{folder}: engines of the backend {manifest.backend!r} can't be opened yet")
     part = manifest.ports.components[name] if ported else manifest.components[name]
-    return OnnxRuntimeSession(name, folder / part.graph, threads=threads)
+    known = manifest.exactness.components[name]
+    return backend(manifest.backend).open(
+        name,
+        folder / part.graph,
+        largest=max(known.buckets),
+        threads=threads,
+        workspace=workspace,
+    )
 
 
 def describe(folder: Path, manifest: Manifest) -> EngineSpec:
@@ -153,9 +173,10 @@ def open_engine(
     if verify:
         check_files(folder, manifest, progress)
     components: dict[str, OpenComponent | PortedComponent] = {}
+    workspace = Workspace()
     bank, layouts = _open_bank(folder, manifest)
     for done, (name, component) in enumerate(manifest.components.items()):
-        session = open_session(manifest, folder, name, threads=threads)
+        session = open_session(manifest, folder, name, threads=threads, workspace=workspace)
         known = manifest.exactness.components[name]
         opened: OpenComponent | PortedComponent = OpenComponent(session, component, known)
         if bank is not None and name in layouts:

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from heatsink.export.components import PASSES
 from heatsink.integrations.aot_graph import (
     Argument,
     Converted,
@@ -155,7 +154,7 @@ class Lowered:
             component = NativeComponent(
                 converted.graph,
                 device=self._workspace.device,
-                passes=(compose_operators, *PASSES),
+                passes=(compose_operators, *PASSES_ONNX),
                 workspace=self._workspace,
             )
             # Built now, so that what does not work shows here.

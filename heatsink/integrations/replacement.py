@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from heatsink.export.components import PASSES
 from heatsink.runtime.errors import InvalidRequest
 from heatsink.runtime.graph.capture import capture_module
 from heatsink.runtime.graph.graph import BATCH, Graph, TensorSpec
+from heatsink.runtime.graph.passes.pipeline import PASSES_ONNX
 from heatsink.runtime.native.component import NativeComponent, Workspace
 
 MAX_GRAPHS = 8
@@ -192,7 +192,7 @@ class Replacement(nn.Module):
             if component is None:
                 device = torch.device(self.original.device)
                 component = NativeComponent(
-                    graph, device=device, passes=PASSES, workspace=self._spaces.on(device)
+                    graph, device=device, passes=PASSES_ONNX, workspace=self._spaces.on(device)
                 )
                 self._components[key] = component
         found = component.run(inputs)

@@ -56,8 +56,7 @@ def graph_to_json(graph: Graph) -> str:
         "outputs": _specs(graph.outputs),
         "weights": {n: [list(w.shape), _short(w.dtype)] for n, w in graph.weights.items()},
         "origins": {
-            name: [[o.parameter, o.slice, o.transform] for o in origins]
-            for name, origins in graph.origins.items()
+            name: [o.as_list() for o in origins] for name, origins in graph.origins.items()
         },
         "nodes": nodes,
     }
@@ -159,8 +158,7 @@ class _Reader:
             self._add(*fields)
         module = fx.GraphModule(torch.nn.Module(), self._fx)
         origins = {
-            name: [Origin(p, _slice(s), t) for p, s, t in parts]
-            for name, parts in value["origins"].items()
+            name: [_origin(*part) for part in parts] for name, parts in value["origins"].items()
         }
         dtype = _dtype(value["dtype"])
         graph = Graph(value["component"], module, held, origins, inputs, outputs, dtype, {})
@@ -229,6 +227,11 @@ def _dtype(name: str) -> torch.dtype:
 
 def _slice(value: Any) -> Any:
     return None if value is None else tuple((int(start), int(stop)) for start, stop in value)
+
+
+def _origin(parameter: str, rows: Any, transform: str, at: Any = None) -> Origin:
+    place = None if at is None else (int(at[0]), int(at[1]))
+    return Origin(parameter, _slice(rows), transform, place)
 
 
 def _target(name: str) -> Callable[..., Any]:
