@@ -86,7 +86,7 @@ def captured(model: Model) -> Any:
     """The UNet's graph, as engines with ports have it."""
     plan = planning.plan(
         model, "unet", planning.default_size(model), 1,
-        opset=None, precision="fp32", report=lambda what, done, total: None,
+        opset=None, precision="fp32", backend="onnxruntime", report=lambda what, done, total: None,
     )  # fmt: skip
     graph = capture(
         "unet", model.module("unet"), model.weights("unet"), model.buffers("unet"),

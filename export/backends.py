@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from heatsink.export.manifest import Backend as BackendName
 from heatsink.runtime.errors import NotBuilt
 
 if TYPE_CHECKING:
@@ -35,15 +36,17 @@ class Written:
 
 
 class Backend(Protocol):
-    """One way to run a component.
+    """One way to run a component."""
 
-    Attributes:
-        name: as the manifest calls it.
-        precisions: what it can compute in.
-    """
+    @property
+    def name(self) -> BackendName:
+        """As the manifest calls it."""
+        ...
 
-    name: str
-    precisions: tuple[str, ...]
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """What it can compute in."""
+        ...
 
     def passes(self, *, ports: bool) -> Sequence[Pass]:
         """What a captured graph goes through; `ports`: it, or its twin, gets adapter ports."""
@@ -76,7 +79,7 @@ class Backend(Protocol):
 class OnnxRuntime:
     """Standard operators in an ONNX file, run by ONNX Runtime."""
 
-    name = "onnxruntime"
+    name: BackendName = "onnxruntime"
     precisions = ("fp32",)
 
     def passes(self, *, ports: bool) -> Sequence[Pass]:
@@ -105,7 +108,7 @@ class OnnxRuntime:
 class Native:
     """Fused graphs on this package's ops and planned memory."""
 
-    name = "torch"
+    name: BackendName = "torch"
     precisions = ("fp32", "bf16")
 
     def passes(self, *, ports: bool) -> Sequence[Pass]:
@@ -135,7 +138,8 @@ class Native:
         )
 
 
-BACKENDS: dict[str, Backend] = {each.name: each for each in (OnnxRuntime(), Native())}
+_ALL: tuple[Backend, ...] = (OnnxRuntime(), Native())
+BACKENDS: dict[str, Backend] = {each.name: each for each in _ALL}
 AUTO = "auto"
 
 
@@ -150,7 +154,7 @@ def backend(name: str) -> Backend:
     return BACKENDS[name]
 
 
-def choose(name: str) -> str:
+def choose(name: str, *, ports: bool = False) -> str:
     """The backend to build for; `auto` is the fastest on this machine.
 
     That is `torch` with this package's C++ ops (`heatsink bench latency` compares them); its
@@ -160,4 +164,4 @@ def choose(name: str) -> str:
         return name
     from heatsink.kernels import _native
 
-    return Native.name if _native.available() else OnnxRuntime.name
+    return Native.name if _native.available() and not ports else OnnxRuntime.name

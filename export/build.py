@@ -10,7 +10,7 @@ from pathlib import Path
 
 from heatsink.export import backends, components, environment, port_table, ported
 from heatsink.export import plan as planning
-from heatsink.export.backends import OnnxRuntime
+from heatsink.export.backends import Backend, OnnxRuntime
 from heatsink.export.donors import find_donors, take_over
 from heatsink.export.manifest import (
     Artefact,
@@ -73,6 +73,15 @@ class Options:
     adapters: tuple[int, int] | None = None
     ports: str = "all"
 
+    @property
+    def chosen(self) -> Backend:
+        """The backend, which `auto` leaves to the machine.
+
+        Raises:
+            NotBuilt: this version has none of that name.
+        """
+        return backends.backend(backends.choose(self.backend, ports=self.adapters is not None))
+
     def check(self) -> None:
         """Refuse what can't be built.
 
@@ -80,7 +89,7 @@ class Options:
             NotBuilt: this version can't build it yet.
             InvalidRequest: a value is out of range.
         """
-        chosen = backends.backend(backends.choose(self.backend))
+        chosen = self.chosen
         if self.precision not in chosen.precisions:
             raise NotBuilt(
                 f"precision {self.precision!r} is not built yet for {chosen.name}; "
@@ -89,6 +98,8 @@ class Options:
         if self.opset is not None and chosen.name != OnnxRuntime.name:
             raise InvalidRequest(f"opset: engines of {chosen.name} hold no ONNX files")
         ported.check_options(self.adapters, self.ports)
+        if self.adapters is not None and chosen.name != OnnxRuntime.name:
+            raise NotBuilt(f"adapter ports are not built yet for {chosen.name}")
         low, best, high = self.batch
         if not 1 <= low <= best <= high <= MAX_BATCH:
             raise InvalidRequest(
@@ -147,7 +158,7 @@ def build(
     """
     options = options or Options()
     options.check()
-    options = replace(options, backend=backends.choose(options.backend))
+    options = replace(options, backend=options.chosen.name)
     report = progress or (lambda what, done, total: None)
     # Through a link, what it points to is replaced, not the link.
     target = Path(out).resolve()
@@ -273,7 +284,7 @@ def _manifest(
     low, best, high = options.batch
     return Manifest(
         heatsink_version=environment.version(),
-        backend=options.backend,
+        backend=options.chosen.name,
         libraries=environment.libraries(),
         device=environment.processor(),
         source=source,

@@ -28,6 +28,7 @@ from heatsink.integrations.aot_graph import (
 )
 from heatsink.runtime.errors import HeatsinkError, InvalidRequest, NotBuilt
 from heatsink.runtime.graph.passes.compose import compose_operators
+from heatsink.runtime.graph.passes.pipeline import PASSES_ONNX
 from heatsink.runtime.native.component import NativeComponent, Workspace
 
 _log = logging.getLogger(__name__)
