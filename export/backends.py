@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from heatsink.export.exactness import bucket_sizes, close_sizes
 from heatsink.export.manifest import Backend as BackendName
+from heatsink.runtime import buckets
 from heatsink.runtime.errors import NotBuilt
 
 if TYPE_CHECKING:
@@ -48,6 +50,14 @@ class Backend(Protocol):
         """What it can compute in."""
         ...
 
+    def sizes(self, largest: int) -> list[int]:
+        """The batch sizes to build and measure."""
+        ...
+
+    def runs(self, rows: int, sizes: Sequence[int]) -> list[int]:
+        """The batch sizes that together run `rows` rows, of those that may be used."""
+        ...
+
     def passes(self, *, ports: bool) -> Sequence[Pass]:
         """What a captured graph goes through; `ports`: it, or its twin, gets adapter ports."""
         ...
@@ -82,6 +92,14 @@ class OnnxRuntime:
     name: BackendName = "onnxruntime"
     precisions = ("fp32",)
 
+    def sizes(self, largest: int) -> list[int]:
+        """Powers of two: its time is near to proportional to the rows."""
+        return bucket_sizes(largest)
+
+    def runs(self, rows: int, sizes: Sequence[int]) -> list[int]:
+        """With the least padding."""
+        return buckets.plan(rows, sizes)
+
     def passes(self, *, ports: bool) -> Sequence[Pass]:
         """Few: the library fuses by itself."""
         from heatsink.runtime.graph.passes.pipeline import PASSES_ONNX, PASSES_ONNX_PORTS
@@ -110,6 +128,14 @@ class Native:
 
     name: BackendName = "torch"
     precisions = ("fp32", "bf16")
+
+    def sizes(self, largest: int) -> list[int]:
+        """Close to each other, so that any number of rows is one run with little padding."""
+        return close_sizes(largest)
+
+    def runs(self, rows: int, sizes: Sequence[int]) -> list[int]:
+        """One, up to the largest size: launches don't depend on the rows."""
+        return buckets.in_one_run(rows, sizes)
 
     def passes(self, *, ports: bool) -> Sequence[Pass]:
         """All of the native engine."""

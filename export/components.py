@@ -65,7 +65,7 @@ def build(model: Model, plan: Plan, folder: Path, strict: bool, report: Report) 
     dtype = DTYPES[plan.precision]
     parity = check_parity(model, plan.text_layer, specs, session, dtype)
     report(f"building {name}", 3, stages)
-    known = _known_answer(session, specs, plan.largest, strict, report)
+    known = _known_answer(session, specs, backend.sizes(plan.largest), strict, report)
     # Its weights are twice in memory until then.
     del session
     gc.collect()
@@ -101,15 +101,14 @@ def _captured(model: Model, plan: Plan, backend: Backend) -> Graph:
 
 
 def _known_answer(
-    session: Session, specs: list[TensorSpec], largest: int, strict: bool, report: Report
+    session: Session, specs: list[TensorSpec], sizes: list[int], strict: bool, report: Report
 ) -> KnownAnswer:
     if not strict:
-        sizes = exactness.bucket_sizes(largest)
         return KnownAnswer(buckets=sizes, probe_seed=exactness.PROBE_SEED, answers=[])
     return exactness.measure(
         session,
         specs,
-        largest,
+        sizes,
         lambda done, total: report(f"exactness of {session.name}", done, total),
     )
 

@@ -8,7 +8,7 @@ class only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -25,6 +25,19 @@ def bucket_sizes(largest: int) -> list[int]:
     """Powers of two up to `largest`, and `largest` itself."""
     sizes = [1 << k for k in range(largest.bit_length()) if 1 << k <= largest]
     return sizes if sizes[-1] == largest else [*sizes, largest]
+
+
+def close_sizes(largest: int) -> list[int]:
+    """Sizes up to `largest` of which one holds any number of rows with at most a fifth padding.
+
+    >>> close_sizes(24)
+    [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24]
+    """
+    sizes, size = [1], 1
+    while size < largest:
+        size = min(largest, size + max(1, 1 << (max(size.bit_length() - 3, 0))))
+        sizes.append(size)
+    return sizes
 
 
 def probe(inputs: list[TensorSpec], rows: int, seed: int) -> dict[str, Array]:
@@ -81,16 +94,22 @@ def _answers_in(session: Session, values: Mapping[str, Array], bucket: int) -> l
 def measure(
     session: Session,
     inputs: list[TensorSpec],
-    largest: int,
+    sizes: Sequence[int],
     progress: Callable[[int, int], None] | None = None,
 ) -> KnownAnswer:
     """The largest class of buckets (ties: the one with the larger bucket) and its known answers.
 
+    Args:
+        session: the component.
+        inputs: what it takes.
+        sizes: the buckets to try, ascending.
+        progress: called with how many of them were measured, and of how many.
+
     Raises:
         EngineMismatch: no batch size gives a row the same bits at two places.
     """
+    largest = max(sizes)
     values = probe(inputs, largest + largest // 2, PROBE_SEED)
-    sizes = bucket_sizes(largest)
     found: dict[int, list[str]] = {}
     for done, bucket in enumerate(sizes):
         answers = _answers_in(session, values, bucket)

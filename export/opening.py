@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from heatsink.export import exactness
@@ -13,7 +13,7 @@ from heatsink.export.opening_ports import PortedComponent
 from heatsink.export.port_table import read_table
 from heatsink.runtime.adapters import AdapterBank
 from heatsink.runtime.backends.session import Array, Session
-from heatsink.runtime.buckets import run_rows
+from heatsink.runtime.buckets import plan, run_rows
 from heatsink.runtime.digest import sha256_file
 from heatsink.runtime.engine import Engine
 from heatsink.runtime.errors import EngineMismatch
@@ -33,7 +33,14 @@ class OpenComponent:
     A bucket is checked against the known answer before its first use; until then it is not trusted.
     """
 
-    def __init__(self, session: Session, component: Component, known: KnownAnswer) -> None:
+    def __init__(
+        self,
+        session: Session,
+        component: Component,
+        known: KnownAnswer,
+        planned: Callable[[int, Sequence[int]], list[int]] = plan,
+    ) -> None:
+        self._planned = planned
         self._session, self._component, self._known = session, component, known
         self._checked: set[int] = set()
 
@@ -58,7 +65,7 @@ class OpenComponent:
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run the rows of `inputs` and return the outputs' rows, in order."""
-        return run_rows(self._session, inputs, self._known.buckets, before=self.check)
+        return run_rows(self._session, inputs, self._known.buckets, self.check, self._planned)
 
 
 def check_files(folder: Path, manifest: Manifest, progress: Progress | None = None) -> None:
@@ -173,15 +180,15 @@ def open_engine(
     if verify:
         check_files(folder, manifest, progress)
     components: dict[str, OpenComponent | PortedComponent] = {}
-    workspace = Workspace()
+    workspace, runs = Workspace(), backend(manifest.backend).runs
     bank, layouts = _open_bank(folder, manifest)
     for done, (name, component) in enumerate(manifest.components.items()):
         session = open_session(manifest, folder, name, threads=threads, workspace=workspace)
         known = manifest.exactness.components[name]
-        opened: OpenComponent | PortedComponent = OpenComponent(session, component, known)
+        opened: OpenComponent | PortedComponent = OpenComponent(session, component, known, runs)
         if bank is not None and name in layouts:
             opened = PortedComponent(
-                OpenComponent(session, component, known),
+                OpenComponent(session, component, known, runs),
                 component.inputs,
                 manifest.ports.components[name],
                 layouts[name],
