@@ -15,6 +15,7 @@ from heatsink.runtime.memory import Lifetime
 _ITEM = "{}:{}"
 _CONV2D = "heatsink.conv2d.default"
 _SIZE = "aten.sym_size.int"
+_CONVERSION = "aten._to_copy.default"
 
 
 @dataclass
@@ -79,9 +80,20 @@ def lay_out(graph: Graph, batch: int, held: Collection[str] = ()) -> Layout:
 
 
 def _read_as_image(node: fx.Node) -> bool:
-    """Whether only convolutions of this package read an input: they want channels innermost."""
-    readers = {str(user.target) for user in node.users} - {_SIZE}
-    return readers == {_CONV2D}
+    """Whether only convolutions of this package read an input: they want channels innermost.
+
+    A conversion keeps the layout of what it converts, so its readers count.
+    """
+    readers = _readers(node)
+    return bool(readers) and readers == {_CONV2D}
+
+
+def _readers(node: fx.Node) -> set[str]:
+    found: set[str] = set()
+    for user in node.users:
+        name = str(user.target)
+        found |= _readers(user) if name == _CONVERSION else {name}
+    return found - {_SIZE}
 
 
 def _image(value: Tensor) -> Tensor:
