@@ -98,6 +98,12 @@ class Painter:
             zero_empty_negative=bool(model.settings.get("force_zeros_for_empty_prompt")),
         )
 
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of a picture's latents."""
+        factor, (height, width) = self._spec.vae_factor, self._spec.default_size
+        return self._spec.latent_channels, height // factor, width // factor
+
     def graph(self, component: str) -> Graph:
         """A component in float32, before fusion.
 

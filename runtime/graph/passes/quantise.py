@@ -34,7 +34,8 @@ FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max
 # Of zeros the scale must not be zero; every dtype but float16 holds it.
 _SMALLEST = 1e-30
-_PRODUCTS = {"aten.linear", "aten.conv2d"}
+SCALED: dict[str, tuple[int, ...]] = {"aten.linear": (-1,), "aten.conv2d": (1, 2, 3)}
+"""The products, and the dimensions of their input that share a scale."""
 _TRANSFORM = "round to float8_e4m3fn by output channel"
 
 
@@ -56,7 +57,7 @@ def quantise_fp8(high: Collection[str] = ()) -> Pass:
         rounded: dict[tuple[fx.Node, tuple[int, ...]], fx.Node] = {}
         for node in found:
             x, weight = (argument(node, name) for name in ("input", "weight"))
-            dims = _dims_of_scale(node)
+            dims = SCALED[operator(node)]
             if weight not in weights:
                 weights[weight] = _rounded_weight(graph, weight)
             if (x, dims) not in rounded:
@@ -69,7 +70,7 @@ def quantise_fp8(high: Collection[str] = ()) -> Pass:
 
 
 def _fits(graph: Graph, node: fx.Node) -> bool:
-    if operator(node) not in _PRODUCTS:
+    if operator(node) not in SCALED:
         return False
     x, weight = (argument(node, name) for name in ("input", "weight"))
     value = traced(x)
@@ -81,17 +82,12 @@ def _fits(graph: Graph, node: fx.Node) -> bool:
     return rows and not any(_TRANSFORM in origin.transform for origin in origins)
 
 
-def _dims_of_scale(node: fx.Node) -> tuple[int, ...]:
-    """The dimensions of a product's input that share a scale."""
-    return (-1,) if operator(node) == "aten.linear" else (1, 2, 3)
-
-
 def _rounded_weight(graph: Graph, holder: fx.Node) -> fx.Node:
     name = holder.meta[WEIGHT_KEY]
     weight = graph.weights[name]
 
     def source() -> Tensor:
-        return round_fp8(weight.load(torch.float64), tuple(range(1, len(weight.shape))))
+        return _round_weight(weight.load(torch.float64))
 
     origins = [origin.then(_TRANSFORM) for origin in graph.origins[name]]
     made: Weight = replace(weight, source=source)
@@ -104,6 +100,15 @@ def round_fp8(values: Tensor, dims: tuple[int, ...]) -> Tensor:
     # In float32 first: PyTorch has no other way to 8 bits that rounds once.
     units = (values / scale).clamp(-LARGEST, LARGEST).float().to(FP8)
     return units.to(values.dtype) * scale
+
+
+def round_operands(product: str, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """What a product of `SCALED` reads, rounded as the pass rounds it."""
+    return round_fp8(x, SCALED[product]), _round_weight(weight)
+
+
+def _round_weight(weight: Tensor) -> Tensor:
+    return round_fp8(weight, tuple(range(1, weight.dim())))
 
 
 def _rounded(node: fx.Node, x: fx.Node, dims: tuple[int, ...]) -> fx.Node:
@@ -123,9 +128,7 @@ def _rounded(node: fx.Node, x: fx.Node, dims: tuple[int, ...]) -> fx.Node:
 
 def _to(source: fx.Node, dtype: torch.dtype, node: fx.Node) -> fx.Node:
     with node.graph.inserting_before(node):
-        new = node.graph.call_function(
-            torch.ops.aten._to_copy.default, (source,), {"dtype": dtype}
-        )
+        new = node.graph.call_function(torch.ops.aten._to_copy.default, (source,), {"dtype": dtype})
     new.meta["val"] = infer(new)
     inherit(new, node)
     return new
