@@ -82,7 +82,7 @@ class Painter:
         self._workspace = Workspace(device)
         self._whole: dict[str, NativeComponent] = {}
         size = planning.default_size(model)
-        names = [name for name in model.components if name != "vae_encoder"]
+        names = drawing(model)
         self._graphs = {name: _captured(model, name, size) for name in names}
         self._spec = EngineSpec(
             name=str(model.path),
@@ -162,6 +162,11 @@ class Painter:
         if setting == Setting():
             self._whole[name] = made
         return made
+
+
+def drawing(model: Model) -> list[str]:
+    """The components that a picture is drawn with."""
+    return [name for name in model.components if name != "vae_encoder"]
 
 
 def psnr(pictures: Pictures, reference: Pictures) -> list[float]:

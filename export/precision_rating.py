@@ -37,7 +37,7 @@ def rates(
     """
     names, what = candidates(graph, precision), f"rating modules of {graph.component}"
     exact = graph.run(inputs)
-    found = {}
+    found: dict[str, float] = {}
     for done, name in enumerate(names):
         report(what, done, len(names))
         result = _OneLow(graph, name, precision).execute(inputs)
@@ -49,7 +49,7 @@ def rates(
 
 def candidates(graph: Graph, precision: str) -> list[str]:
     """The modules that may stay high: those with weights, in order; of fp8 those with products."""
-    found = {}
+    found: dict[str, None] = {}
     for node in graph.nodes:
         weighs = any(WEIGHT_KEY in source.meta for source in node.all_input_nodes)
         if node.op != "call_function" or not weighs:
@@ -84,13 +84,14 @@ class _OneLow(GraphInterpreter):
         return super().run_node(n)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The module's operations round what they read, and what they give."""
+        """The module's operations round what they read, and in half precision what they give."""
         if not self._low:
             return super().call_function(target, args, kwargs)
-        args, kwargs = (fx.node.map_aggregate(v, self._materialise) for v in (args, kwargs))
+        given: Any = fx.node.map_aggregate((args, kwargs), self._materialise)
         if self._precision == "fp8":
-            if str(target.overloadpacket) in SCALED:
-                args = (*round_operands(str(target.overloadpacket), *args[:2]), *args[2:])
+            (args, kwargs), product = given, str(target.overloadpacket)
+            if product in SCALED:
+                args = (*round_operands(product, *args[:2]), *args[2:])
             return super().call_function(target, args, kwargs)
         dtype = HALVES[self._precision]
 
@@ -98,6 +99,6 @@ class _OneLow(GraphInterpreter):
             floats = isinstance(value, Tensor) and value.is_floating_point()
             return value.to(wanted) if floats else value
 
-        args, kwargs = (fx.node.map_aggregate(v, lambda x: cast(x, dtype)) for v in (args, kwargs))
-        result = super().call_function(target, args, kwargs)
+        given = fx.node.map_aggregate(given, lambda x: cast(x, dtype))
+        result = super().call_function(target, *given)
         return fx.node.map_aggregate(result, lambda x: cast(x, torch.float32))

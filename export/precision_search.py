@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from heatsink.export.painter import Painter, Setting, Subjects, psnr, summary
+from heatsink.export.painter import Painter, Setting, Subjects, drawing, psnr, summary
 from heatsink.export.precision_rating import candidates, probes, rates
 from heatsink.runtime.backends.session import Array
 from heatsink.runtime.errors import InvalidRequest
@@ -93,6 +93,8 @@ def search(
         raise InvalidRequest(f"precision: expected one of {[*HALVES, 'fp8']}, got {precision!r}")
     wanted = TARGETS[precision] if target is None else target
     opened = model if isinstance(model, Model) else Model.open(model)
+    if component not in (names := drawing(opened)):
+        raise InvalidRequest(f"component: expected one of {names}, got {component!r}")
     painter = Painter(opened, subjects, device)
     return _Search(painter, component, precision, wanted, progress or _silent).run()
 

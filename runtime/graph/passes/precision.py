@@ -172,7 +172,7 @@ class _Lowering:
 
 def _dtype(node: fx.Node) -> torch.dtype | None:
     """The dtype of a floating-point tensor, or of a node's tensors."""
-    value = node.meta.get("val")
-    several = isinstance(value, list | tuple)
-    first = next((v for v in value if isinstance(v, Tensor)), None) if several else value
-    return first.dtype if isinstance(first, Tensor) and first.is_floating_point() else None
+    value: Any = node.meta.get("val")
+    if isinstance(value, list | tuple):
+        value = next((each for each in value if isinstance(each, Tensor)), None)
+    return value.dtype if isinstance(value, Tensor) and value.is_floating_point() else None

@@ -59,7 +59,8 @@ def _calls(graph: Graph, name: str = "") -> list[torch.fx.Node]:
 
 def _conversions(graph: Graph) -> list[tuple[str, torch.dtype]]:
     """What is converted, by its name, and to what."""
-    return [(node.args[0].name, node.kwargs["dtype"]) for node in _calls(graph, "aten._to_copy")]  # type: ignore[union-attr]
+    calls: list[Any] = _calls(graph, "aten._to_copy")
+    return [(node.args[0].name, node.kwargs["dtype"]) for node in calls]
 
 
 def _dtypes(graph: Graph, name: str) -> list[torch.dtype]:
@@ -82,9 +83,7 @@ def _lowered(graph: Graph, *high: str) -> Graph:
     return run_passes(graph, [lower_precision(BF16, high)])
 
 
-@pytest.mark.parametrize(
-    "name", ["text_encoder_2", "vae_decoder", "vae_encoder", "unet", "unet of SDXL"]
-)
+@pytest.mark.parametrize("name", ["text_encoder_2", "vae_encoder", "unet of SDXL"])
 def test_all_low_is_what_capture_in_bf16_gives(
     name: str, cases: Any, graphs: Any, structure: Any, seed: int
 ) -> None:
@@ -114,9 +113,9 @@ def test_the_passes_find_as_much_beside_high_modules(
     mixed = run_passes(graph, [*precision_passes("bf16", high), *PASSES_NATIVE])
     low = run_passes(graph, [*precision_passes("bf16"), *PASSES_NATIVE])
     count = [Counter(map(operator, _calls(each))) for each in (mixed, low)]
-    for found in count:
+    for each in count:
         for conversion in CONVERSIONS:
-            found.pop(conversion, None)
+            each.pop(conversion, None)
     assert count[0] == count[1]
     for weight, holder in mixed.weight_nodes().items():
         inside = any(weight.startswith(f"{path}.") for path in high)
@@ -181,7 +180,7 @@ def test_rule_2_high_modules_read_and_keep_float32(net: Callable[..., Graph]) ->
 
 def test_rule_2_an_operator_of_a_module_alone(net: Callable[..., Graph]) -> None:
     def function(m: Any, x: Tensor) -> Tensor:
-        return functional.softmax(m.a(x), dim=-1).exp()
+        return torch.softmax(m.a(x), dim=-1).exp()
 
     graph = net(function)
     (softmax,) = _calls(graph, "aten.softmax")
@@ -200,7 +199,7 @@ def test_rule_3_one_conversion_serves_all(net: Callable[..., Graph]) -> None:
 
 
 def test_rule_3_a_weight_of_both_stays_float32(net: Callable[..., Graph], seed: int) -> None:
-    def function(m: Any, x: Tensor) -> Tensor:
+    def function(m: Any, x: Tensor) -> Any:
         return m.b(functional.linear(x, m.b.weight))
 
     graph = net(function)
