@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from heatsink.runtime.graph.graph import BATCH, Graph
 from heatsink.runtime.graph.passes import run_passes
 from heatsink.runtime.graph.passes.protocol import Pass
 from heatsink.runtime.memory import Plan, plan
+from heatsink.runtime.native.held import Held, made_of
 from heatsink.runtime.native.layout import Layout, lay_out
 from heatsink.runtime.native.program import Arena, Program
 
@@ -70,6 +71,7 @@ class NativeComponent:
         device: torch.device | str = "cpu",
         passes: Sequence[Pass] = (),
         workspace: Workspace | None = None,
+        held: Held | None = None,
     ) -> None:
         """Take the graph; nothing is loaded or built yet.
 
@@ -78,16 +80,18 @@ class NativeComponent:
             device: where it runs.
             passes: run on a copy of the graph first.
             workspace: shared with other components, on the same device; its own by default.
+            held: weights shared with graphs of the same module; its own by default.
 
         Raises:
-            ValueError: the workspace is on another device.
+            ValueError: the workspace or what is held is on another device.
         """
         self.workspace = workspace or Workspace(device)
-        if self.workspace.device != torch.device(device):
-            raise ValueError(
-                f"workspace: expected one on {torch.device(device)}, "
-                f"got one on {self.workspace.device}"
-            )
+        self._held = held or Held(device)
+        for name, where in (("workspace", self.workspace.device), ("held", self._held.device)):
+            if where != torch.device(device):
+                raise ValueError(
+                    f"{name}: expected one on {torch.device(device)}, got one on {where}"
+                )
         self.graph = run_passes(graph, passes)
         self._constants: dict[str, Tensor] = {}
         self._plans: dict[int, tuple[Layout, Plan]] = {}
@@ -108,14 +112,33 @@ class NativeComponent:
         """Forget the programs; they are built again when they are next needed."""
         self._programs.clear()
 
+    def reload(self, parameters: Container[str]) -> None:
+        """Read the weights that are made of these parameters again before the next run.
+
+        Only what they are in is read; the programs are built again, which reads nothing.
+
+        Args:
+            parameters: names that the graph's origins have. What is computed names none.
+        """
+        with self.workspace.lock:
+            self._held.forget(parameters)
+            stale = [
+                name
+                for name, origins in self.graph.origins.items()
+                if name in self._constants and made_of(origins, parameters)
+            ]
+            if stale:
+                self.drop_programs()
+            for name in stale:
+                del self._constants[name]
+
     def program(self, batch: int) -> Program:
         """The program of a batch size; hold `workspace.lock` while you use it."""
         with self.workspace.lock:
             layout, memory = self._planned(batch)
             arena = self.workspace.fit(memory.peak)
             if batch not in self._programs:
-                if not self._constants:
-                    self._constants = self._load()
+                self._load()
                 self._programs[batch] = Program(
                     self.graph,
                     batch,
@@ -160,13 +183,9 @@ class NativeComponent:
             raise InvalidRequest(f"{self.graph.component}: expected at least 1 row, got {rows}")
         return rows
 
-    def _load(self) -> dict[str, Tensor]:
-        device = self.workspace.device
-        with torch.no_grad():
-            return {
-                name: weight.load().detach().to(device)
-                for name, weight in self.graph.weights.items()
-            }
+    def _load(self) -> None:
+        for name in self.graph.weights.keys() - self._constants.keys():
+            self._constants[name] = self._held.load(self.graph, name)
 
     def _planned(self, batch: int) -> tuple[Layout, Plan]:
         if batch not in self._plans:

@@ -72,10 +72,10 @@ def test_slicing_decodes_a_row_at_a_time(sd1: Pair, same_images: Same) -> None:
     for pipe in sd1:
         pipe.vae.enable_slicing()
     try:
-        for component in fast.vae._components.values():
+        for component in fast.vae._programs.components:
             component.drop_programs()
         same_images(sd1, prompt=["a red apple"] * 3)
-        decoders = [c for c in fast.vae._components.values() if "latents" in c.graph.inputs]
+        decoders = [c for c in fast.vae._programs.components if "latents" in c.graph.inputs]
         assert [c.batches for c in decoders if c.batches] == [[1]]
     finally:
         for pipe in sd1:
