@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,36 +11,45 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from heatsink.runtime.writes import writes
 
 
-class _Seen:
-    """A tensor of a module as it was: the object, its memory, and how often it was written to."""
+class Seen:
+    """A tensor as it was: the object, its memory, and how often it was written to.
 
-    def __init__(self, name: str, holder: dict[str, Any], key: str) -> None:
-        self.name, self._holder, self._key = name, holder, key
-        self.note()
+    Attributes:
+        tensor: the object, as it is now.
+    """
 
-    def note(self) -> None:
-        """Take it for known as it is now."""
-        self._tensor: Tensor = self._holder[self._key]
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
         # Memory is known by its object: freed memory's address may come again. A weak reference
         # keeps the object's name, and lets the memory go.
-        self._memory = StorageWeakRef(self._tensor.untyped_storage())
-        self._address = self._tensor.data_ptr()
-        self._writes = writes(self._tensor)
+        self._memory = StorageWeakRef(tensor.untyped_storage())
+        self._address = tensor.data_ptr()
+        self._writes = writes(tensor)
 
     @property
-    def now(self) -> Tensor | None:
-        """The tensor in its place; None if there is none."""
-        return self._holder.get(self._key)
-
     def changed(self) -> bool:
-        """Whether it is another tensor, lies elsewhere, or was written to."""
-        tensor: Any = self.now
+        """Whether it lies elsewhere, or was written to."""
+        tensor = self.tensor
         return (
-            tensor is not self._tensor
-            or tensor.data_ptr() != self._address
+            tensor.data_ptr() != self._address
             or tensor.untyped_storage()._cdata != self._memory.cdata
             or writes(tensor) != self._writes
         )
+
+
+@dataclass
+class _Place:
+    """Where a module has a tensor, and what was seen there."""
+
+    name: str
+    table: dict[str, Any]
+    key: str
+    seen: Seen
+
+    @property
+    def now(self) -> Tensor | None:
+        found: Tensor | None = self.table.get(self.key)
+        return found
 
 
 class Watch:
@@ -58,7 +68,7 @@ class Watch:
     def _scan(self) -> None:
         self._children: list[tuple[dict[str, Any], str, Any]] = []
         self._holders: list[tuple[dict[str, Any], int]] = []
-        self._seen: list[_Seen] = []
+        self._places: list[_Place] = []
         for path, part in self._module.named_modules(remove_duplicate=False):
             children: Any = part._modules
             self._children += [(children, key, child) for key, child in children.items()]
@@ -70,11 +80,12 @@ class Watch:
                     if value is None:
                         self._children.append((table, key, None))
                     else:
-                        self._seen.append(_Seen(f"{path}.{key}" if path else key, table, key))
+                        name = f"{path}.{key}" if path else key
+                        self._places.append(_Place(name, table, key, Seen(value)))
 
     def weight(self) -> Tensor:
         """One of the module's weights: they share dtype and device."""
-        tensors = (seen.now for seen in self._seen)
+        tensors = (place.now for place in self._places)
         return next(one for one in tensors if one is not None and one.is_floating_point())
 
     def rebuilt(self) -> bool:
@@ -82,7 +93,7 @@ class Watch:
         same = (
             all(table.get(key) is child for table, key, child in self._children)
             and all(len(table) == count for table, count in self._holders)
-            and all(seen.now is not None for seen in self._seen)
+            and all(place.now is not None for place in self._places)
         )
         if not same:
             self._scan()
@@ -90,7 +101,10 @@ class Watch:
 
     def changed(self) -> set[str]:
         """Names of the tensors that are not what they were at the last look; after `rebuilt`."""
-        found = [seen for seen in self._seen if seen.changed()]
-        for seen in found:
-            seen.note()
-        return {seen.name for seen in found}
+        found = set()
+        for place in self._places:
+            now: Any = place.table.get(place.key)
+            if now is not place.seen.tensor or place.seen.changed:
+                place.seen = Seen(now)
+                found.add(place.name)
+        return found

@@ -162,6 +162,9 @@ def _upsample(args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Tensor) -> 
     return partial(blocks.copy_, x[:, :, :, None, :, None])
 
 
+PACKING = frozenset({torch.ops.heatsink.linear.default, torch.ops.heatsink.conv2d.default})
+"""Operators whose step holds another form of their weight, made when the step is."""
+
 OUTS: dict[Any, MakeStep] = {
     **{target: _binary(function) for target, function in _BINARY.items()},
     **{target: _call(function) for target, function in _OTHERS.items()},

@@ -188,7 +188,7 @@ def test_a_buffer_that_is_written_is_captured_again() -> None:
 
     from heatsink.integrations.programs import Spaces
 
-    module = Shifted()
+    module: Any = Shifted()
     programs = Programs(module, Spaces())
 
     def run() -> Tensor:
@@ -202,7 +202,7 @@ def test_a_buffer_that_is_written_is_captured_again() -> None:
 
 
 def test_a_watch_names_what_changed() -> None:
-    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    module: Any = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     module[1].weight = module[0].weight
     watch = Watch(module)
     assert (watch.rebuilt(), watch.changed()) == (False, set())

@@ -1,0 +1,160 @@
+"""Adapters on an optimised pipeline: Heatsink's merged ones, and diffusers' own."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import heatsink
+from heatsink.runtime.adapter_delta import AdapterDelta
+from heatsink.runtime.adapter_file import write_adapter
+from heatsink.runtime.errors import AdapterError, InvalidRequest
+
+Pair = tuple[Any, Any]
+Same = Callable[..., Tensor]
+BOTH = ["unet", "text_encoder"]
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_sd1: Path) -> Pair:
+    """A plain pipeline and an optimised one; every test leaves them without adapters."""
+    import diffusers
+
+    found = []
+    for _ in range(2):
+        pipe = diffusers.StableDiffusionPipeline.from_pretrained(tiny_sd1)
+        pipe.set_progress_bar_config(disable=True)
+        found.append(pipe)
+    heatsink.optimize(found[1], components=BOTH)
+    return found[0], found[1]
+
+
+@pytest.fixture
+def file(pair: Pair, deltas_for: Callable[..., list[AdapterDelta]], tmp_path: Path) -> Path:
+    """An adapter of the UNet and the text encoder."""
+    torch.manual_seed(3)
+    path = tmp_path / "noto.safetensors"
+    write_adapter(path, deltas_for(pair[0]))
+    return path
+
+
+def test_merged_adapters_reach_the_programs(pair: Pair, file: Path, same_images: Same) -> None:
+    base = same_images(pair, prompt="a red apple")
+    graphs = [getattr(pair[1], name).graphs() for name in BOTH]
+    both = [heatsink.adapters(pipe) for pipe in pair]
+    for adapters in both:
+        adapters.add("noto", str(file))
+        adapters.use({"noto": 0.8})
+    merged = same_images(pair, prompt="a red apple")
+    assert not torch.allclose(merged, base, atol=1e-3)
+    for adapters in both:
+        adapters.use({"noto": -0.5})
+    assert not torch.allclose(same_images(pair, prompt="a red apple"), merged, atol=1e-3)
+    for adapters in both:
+        adapters.close()
+    # Bit by bit what it was.
+    assert torch.equal(same_images(pair, prompt="a red apple"), base)
+    assert [getattr(pair[1], name).graphs() for name in BOTH] == graphs
+
+
+def test_only_weights_of_the_adapter_are_read_again(pair: Pair, file: Path) -> None:
+    _, fast = pair
+    given = {"prompt": "a red apple", "num_inference_steps": 1, "output_type": "latent"}
+    fast(**given)
+    (component,) = fast.unet._programs.components
+    before = dict(component._constants)
+    pristine = {name: value.clone() for name, value in fast.unet.original.named_parameters()}
+    with heatsink.adapters(fast) as adapters:
+        adapters.add("noto", str(file))
+        adapters.use({"noto": 0.8})
+        fast(**given)
+        again = {name for name, value in component._constants.items() if value is not before[name]}
+        touched = {
+            name
+            for name, value in fast.unet.original.named_parameters()
+            if not torch.equal(value, pristine[name])
+        }
+    assert touched
+    assert again == {
+        name
+        for name, parts in component.graph.origins.items()
+        if touched & {part.parameter for part in parts}
+    }
+
+
+def test_adapters_by_prompt_are_refused(pair: Pair, file: Path) -> None:
+    with heatsink.adapters(pair[1]) as adapters:
+        adapters.add("noto", str(file))
+        with pytest.raises(
+            AdapterError, match="text_encoder is optimised, and its program has no "
+        ):
+            adapters.use([{"noto": 0.8}, None])
+        assert adapters.in_use is None
+
+
+def test_a_pipeline_with_adapters_by_prompt_is_not_optimised(
+    pair: Pair, file: Path, make_sd1: Callable[[], Any]
+) -> None:
+    pipe = make_sd1()
+    with heatsink.adapters(pipe) as adapters:
+        adapters.add("noto", str(file))
+        adapters.use([{"noto": 0.8}])
+        with pytest.raises(InvalidRequest, match="text_encoder: a hook changes what"):
+            heatsink.optimize(pipe)
+    assert heatsink.optimize(pipe).left == {}
+
+
+def test_diffusers_adapters_run_as_pytorch_has_them_until_they_are_unloaded(
+    pair: Pair, file: Path, same_images: Same, caplog: pytest.LogCaptureFixture
+) -> None:
+    request = {"prompt": "a red apple", "num_inference_steps": 2}
+    base = same_images(pair, **request)
+    with caplog.at_level(logging.WARNING, "heatsink"):
+        for pipe in pair:
+            pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name="noto")
+        loaded = same_images(pair, **request)
+    assert not torch.allclose(loaded, base, atol=1e-3)
+    assert caplog.text.count("has adapters of PEFT's and runs as PyTorch has it") == 2
+    assert pair[1].unet.graphs() == pair[1].text_encoder.graphs() == []
+    for pipe in pair:
+        pipe.set_adapters(["noto"], [0.3])
+    weaker = same_images(pair, **request)
+    assert not torch.allclose(weaker, loaded, atol=1e-3)
+    for pipe in pair:
+        pipe.disable_lora()
+    assert torch.allclose(same_images(pair, **request), base, atol=1e-3)
+    for pipe in pair:
+        pipe.enable_lora()
+        pipe.unload_lora_weights()
+    assert torch.equal(same_images(pair, **request), base)
+    assert len(pair[1].unet.graphs()) == 1
+
+
+def test_adapters_that_diffusers_fused_are_in_the_programs(
+    pair: Pair, file: Path, same_images: Same
+) -> None:
+    request = {"prompt": "a red apple", "num_inference_steps": 2}
+    base = same_images(pair, **request)
+    weights = [
+        {name: {k: v.clone() for k, v in module.state_dict().items()}
+         for name in BOTH for module in [getattr(pipe, name)]}
+        for pipe in pair
+    ]  # fmt: skip
+    for pipe in pair:
+        # All of it between two calls: nothing of the module's structure tells afterwards.
+        pipe.load_lora_weights(file.parent, weight_name=file.name)
+        pipe.fuse_lora(components=BOTH, lora_scale=0.7)
+        pipe.unload_lora_weights()
+    fused = same_images(pair, **request)
+    assert not torch.allclose(fused, base, atol=1e-3)
+    assert len(pair[1].unet.graphs()) == 1
+    for pipe, own in zip(pair, weights, strict=True):
+        for name in BOTH:
+            getattr(pipe, name).load_state_dict(own[name])
+    assert torch.equal(same_images(pair, **request), base)
