@@ -54,6 +54,8 @@ def close(found: Tensor, wanted: Tensor) -> bool:
 class Net(nn.Module):
     """A convolution, attention, a view, a cut, a buffer and a constant of its own."""
 
+    shift: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.blocks = nn.ModuleList([nn.Conv2d(4, 8, 3, padding=1)])

@@ -251,6 +251,27 @@ def test_precision_is_what_the_program_computes_in(make_sd1: Make) -> None:
     assert 0 < error <= 2 * (plain + 2**-8 * float(wanted.abs().max()))
 
 
+def test_an_operation_that_no_pass_knows_runs_unfused(make_sd1: Make) -> None:
+    pipe = make_sd1()
+    pipe.vae.decoder.conv_act = torch.nn.Softshrink(0.1)
+    latents = torch.rand(2, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        wanted = pipe.vae.decode(latents).sample
+        heatsink.optimize(pipe, components=["vae"])
+        assert torch.allclose(pipe.vae.decode(latents).sample, wanted, atol=1e-5)
+    (component,) = pipe.vae._programs.components
+    # It is the only one that the programs don't write in place.
+    assert component.program(2).unplanned == [("aten.softshrink.default", "decoder.conv_act")]
+
+
+def test_half_the_precision_keeps_the_image(
+    make_sd1: Make, same_images: Callable[..., Tensor]
+) -> None:
+    plain, fast = make_sd1(), make_sd1()
+    heatsink.optimize(fast, components=["unet"], precision="bf16")
+    same_images((plain, fast), prompt=["a red apple", "a pear"], num_inference_steps=2, least=30)
+
+
 def test_the_oldest_graphs_go(make_sd1: Make) -> None:
     pipe = make_sd1()
     heatsink.optimize(pipe, components=["vae"])

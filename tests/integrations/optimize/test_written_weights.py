@@ -178,6 +178,8 @@ def test_programs_in_another_precision_follow(make_sd1: Make) -> None:
 
 def test_a_buffer_that_is_written_is_captured_again() -> None:
     class Shifted(nn.Module):
+        shift: Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.scale = nn.Parameter(torch.full((3,), 2.0))
