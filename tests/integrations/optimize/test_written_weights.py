@@ -18,39 +18,31 @@ from heatsink.runtime.writes import note_write
 
 Make = Callable[[], Any]
 Change = Callable[[Any], Any]
-PACKED = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_k"
-PLAIN = "conv_in"
+PACKED = "decoder.mid_block.attentions.0.to_k"
+PLAIN = "decoder.conv_in"
 
 
-def unet_inputs() -> dict[str, Any]:
-    draw = torch.Generator().manual_seed(4)
-    return {
-        "sample": torch.randn(2, 4, 8, 8, generator=draw),
-        "timestep": 7,
-        "encoder_hidden_states": torch.randn(2, 16, 32, generator=draw),
-    }
-
-
-def unet_of(module: Any) -> Tensor:
+def decoded(vae: Any) -> Tensor:
+    latents = torch.rand(2, 4, 4, 4, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        return torch.as_tensor(module(**unet_inputs()).sample)
+        return torch.as_tensor(vae.decode(latents).sample)
 
 
 @pytest.fixture(scope="module")
 def pipe(tiny_sd1: Path) -> Any:
-    """A pipeline whose UNet is optimised; its tests may write its weights."""
+    """A pipeline whose autoencoder is optimised; its tests may write its weights."""
     import diffusers
 
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(tiny_sd1)
-    heatsink.optimize(pipe, components=["unet"])
-    unet_of(pipe.unet)
+    heatsink.optimize(pipe, components=["vae"])
+    decoded(pipe.vae)
     return pipe
 
 
 @pytest.fixture
-def unet(pipe: Any) -> Any:
-    """The UNet of it."""
-    return pipe.unet
+def vae(pipe: Any) -> Any:
+    """The autoencoder of it."""
+    return pipe.vae
 
 
 def _scaled(module: Any) -> dict[str, Tensor]:
@@ -118,23 +110,23 @@ def _by_address(face: Any) -> None:
         _new_layer,
     ],
 )
-def test_what_was_changed_is_computed_with(unet: Any, change: Change) -> None:
-    before, graphs = unet_of(unet), unet.graphs()
-    change(unet)
-    found, wanted = unet_of(unet), unet_of(unet.original)
+def test_what_was_changed_is_computed_with(vae: Any, change: Change) -> None:
+    before, graphs = decoded(vae), vae.graphs()
+    change(vae)
+    found, wanted = decoded(vae), decoded(vae.original)
     assert torch.allclose(found, wanted, atol=1e-5 * float(wanted.abs().max()))
     assert not torch.allclose(found, before, atol=1e-5)
     if change is not _new_layer:
         # Nothing was captured again.
-        assert unet.graphs() == graphs
+        assert vae.graphs() == graphs
 
 
-def test_only_what_was_written_is_read_again(unet: Any) -> None:
-    unet_of(unet)
-    (component,) = unet._programs.components
+def test_only_what_was_written_is_read_again(vae: Any) -> None:
+    decoded(vae)
+    (component,) = vae._programs.components
     before = dict(component._constants)
-    _in_place(PACKED)(unet)
-    unet_of(unet)
+    _in_place(PACKED)(vae)
+    decoded(vae)
     again = {name for name, value in component._constants.items() if value is not before[name]}
     (name,) = again
     parts = {origin.parameter for origin in component.graph.origins[name]}
@@ -142,24 +134,24 @@ def test_only_what_was_written_is_read_again(unet: Any) -> None:
     assert parts == {f"{prefix}{key}.weight" for key in ("to_q", "to_k", "to_v")}
 
 
-def test_nothing_is_read_again_without_a_reason(unet: Any) -> None:
-    unet_of(unet)
-    (component,) = unet._programs.components
+def test_nothing_is_read_again_without_a_reason(vae: Any) -> None:
+    decoded(vae)
+    (component,) = vae._programs.components
     before, program = dict(component._constants), component.program(2)
-    unet_of(unet)
-    unet.to(torch.float32)
-    unet.to("cpu")
-    unet_of(unet)
+    decoded(vae)
+    vae.to(torch.float32)
+    vae.to("cpu")
+    decoded(vae)
     assert all(value is before[name] for name, value in component._constants.items())
     assert component.program(2) is program
 
 
 def test_what_no_one_counts_needs_a_refresh(pipe: Any) -> None:
-    before = unet_of(pipe.unet)
-    pipe.unet.original.get_submodule(PACKED).weight.data.mul_(-1)
-    assert torch.equal(unet_of(pipe.unet), before)
-    assert heatsink.refresh(pipe) == ["unet"]
-    found, wanted = unet_of(pipe.unet), unet_of(pipe.unet.original)
+    before = decoded(pipe.vae)
+    pipe.vae.original.get_submodule(PACKED).weight.data.mul_(-1)
+    assert torch.equal(decoded(pipe.vae), before)
+    assert heatsink.refresh(pipe) == ["vae"]
+    found, wanted = decoded(pipe.vae), decoded(pipe.vae.original)
     assert torch.allclose(found, wanted, atol=1e-5 * float(wanted.abs().max()))
     assert not torch.allclose(found, before, atol=1e-5)
 
@@ -167,11 +159,10 @@ def test_what_no_one_counts_needs_a_refresh(pipe: Any) -> None:
 def test_programs_in_another_precision_follow(make_sd1: Make) -> None:
     pipe = make_sd1()
     heatsink.optimize(pipe, components=["vae"], precision="bf16")
-    latents = torch.rand(1, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    before = decoded(pipe.vae)
     with torch.no_grad():
-        before = pipe.vae.decode(latents).sample
         pipe.vae.original.post_quant_conv.weight.mul_(-1)
-        after, wanted = pipe.vae.decode(latents).sample, pipe.vae.original.decode(latents).sample
+    after, wanted = decoded(pipe.vae), decoded(pipe.vae.original)
     error, change = (float((image - wanted).abs().max()) for image in (after, before))
     assert error < change / 10
 
