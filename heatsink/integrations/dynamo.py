@@ -34,7 +34,7 @@ from heatsink.runtime.graph.passes.compose import compose_operators
 from heatsink.runtime.graph.passes.pipeline import PASSES_NATIVE
 from heatsink.runtime.graph.symbols import symbolic_inputs
 from heatsink.runtime.native.component import NativeComponent, Workspace
-from heatsink.runtime.native.held import Held
+from heatsink.runtime.native.shared_weights import SharedWeights
 
 _log = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ class Lowered:
         self._weights: dict[int, Seen] = {}
         self._workspace: Workspace | None = None
         # Programs of several sizes share their weights.
-        self._held: Held | None = None
+        self._shared: SharedWeights | None = None
         self._plain: Callable[..., Any] | None = None
         self._lock = threading.RLock()
         self.programs: dict[tuple[int, ...], tuple[Converted, NativeComponent]] = {}
@@ -169,13 +169,13 @@ class Lowered:
             if self._workspace is None:
                 tensors = (value for value in values if isinstance(value, Tensor))
                 self._workspace = Workspace(next(tensors).device)
-                self._held = Held(self._workspace.device)
+                self._shared = SharedWeights(self._workspace.device)
             component = NativeComponent(
                 converted.graph,
                 device=self._workspace.device,
                 passes=(compose_operators, trace_anew, *PASSES_NATIVE),
                 workspace=self._workspace,
-                held=self._held,
+                weights=self._shared,
             )
             # Built now, so that what does not work shows here.
             component.program(1)

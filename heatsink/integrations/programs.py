@@ -20,7 +20,7 @@ from heatsink.runtime.graph.graph import Graph
 from heatsink.runtime.graph.passes import run_passes
 from heatsink.runtime.graph.passes.pipeline import PASSES_NATIVE
 from heatsink.runtime.native.component import NativeComponent, Workspace
-from heatsink.runtime.native.held import Held
+from heatsink.runtime.native.shared_weights import SharedWeights
 
 MAX_GRAPHS = 8
 """Captured graphs that a module keeps, one for each set of shapes; the oldest in use goes."""
@@ -52,7 +52,7 @@ class Programs:
         self._watch = Watch(original)
         self._graphs: OrderedDict[Any, Graph] = OrderedDict()
         self._components: dict[Any, NativeComponent] = {}
-        self._held = Held(self.device)
+        self._weights = SharedWeights(self.device)
         self._guard = threading.RLock()
         self._foreign = _has_peft(original)
 
@@ -88,7 +88,7 @@ class Programs:
             if self._watch.rebuilt():
                 self._graphs.clear()
                 self._components.clear()
-                self._held = Held(self.device)
+                self._weights = SharedWeights(self.device)
                 self._foreign = _has_peft(self._original)
             elif changed := self._watch.changed():
                 self._reload(changed)
@@ -102,9 +102,9 @@ class Programs:
             self._reload({name for name, _ in [*parameters, *self._original.named_buffers()]})
 
     def _reload(self, changed: set[str]) -> None:
-        if self._held.device != self.device:
+        if self._weights.device != self.device:
             self._components.clear()
-            self._held = Held(self.device)
+            self._weights = SharedWeights(self.device)
         if any(name in changed for name, _ in self._original.named_buffers()):
             # What is computed of them may be in a graph under any name.
             self._graphs.clear()
@@ -148,7 +148,7 @@ class Programs:
 
     def _component(self, graph: Graph) -> NativeComponent:
         space = self._spaces.on(self.device)
-        return NativeComponent(graph, device=self.device, workspace=space, held=self._held)
+        return NativeComponent(graph, device=self.device, workspace=space, weights=self._weights)
 
 
 def _has_peft(module: Any) -> bool:

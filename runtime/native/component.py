@@ -14,9 +14,9 @@ from heatsink.runtime.graph.graph import BATCH, Graph
 from heatsink.runtime.graph.passes import run_passes
 from heatsink.runtime.graph.passes.protocol import Pass
 from heatsink.runtime.memory import Plan, plan
-from heatsink.runtime.native.held import Held, made_of
 from heatsink.runtime.native.layout import Layout, lay_out
 from heatsink.runtime.native.program import Arena, Program
+from heatsink.runtime.native.shared_weights import SharedWeights, made_of
 
 
 class Workspace:
@@ -71,7 +71,7 @@ class NativeComponent:
         device: torch.device | str = "cpu",
         passes: Sequence[Pass] = (),
         workspace: Workspace | None = None,
-        held: Held | None = None,
+        weights: SharedWeights | None = None,
     ) -> None:
         """Take the graph; nothing is loaded or built yet.
 
@@ -80,14 +80,17 @@ class NativeComponent:
             device: where it runs.
             passes: run on a copy of the graph first.
             workspace: shared with other components, on the same device; its own by default.
-            held: weights shared with graphs of the same module; its own by default.
+            weights: shared with graphs of the same module; its own by default.
 
         Raises:
-            ValueError: the workspace or what is held is on another device.
+            ValueError: the workspace or the weights are on another device.
         """
         self.workspace = workspace or Workspace(device)
-        self._held = held or Held(device)
-        for name, where in (("workspace", self.workspace.device), ("held", self._held.device)):
+        self._weights = weights or SharedWeights(device)
+        for name, where in (
+            ("workspace", self.workspace.device),
+            ("weights", self._weights.device),
+        ):
             if where != torch.device(device):
                 raise ValueError(
                     f"{name}: expected one on {torch.device(device)}, got one on {where}"
@@ -121,7 +124,7 @@ class NativeComponent:
             parameters: names that the graph's origins have. What is computed names none.
         """
         with self.workspace.lock:
-            self._held.forget(parameters)
+            self._weights.forget(parameters)
             stale = [
                 name
                 for name, origins in self.graph.origins.items()
@@ -185,7 +188,7 @@ class NativeComponent:
 
     def _load(self) -> None:
         for name in self.graph.weights.keys() - self._constants.keys():
-            self._constants[name] = self._held.load(self.graph, name)
+            self._constants[name] = self._weights.load(self.graph, name)
 
     def _planned(self, batch: int) -> tuple[Layout, Plan]:
         if batch not in self._plans:

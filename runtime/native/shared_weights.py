@@ -12,7 +12,7 @@ from heatsink.runtime.graph.graph import Graph
 from heatsink.runtime.graph.weight import COMPUTED
 
 
-class Held:
+class SharedWeights:
     """Tensors of graphs that are captured from one module for several shapes.
 
     What a weight is made of, as its origins say it, tells whether two graphs have the same one. A
