@@ -12,7 +12,7 @@ from heatsink.export.manifest import Component, KnownAnswer, Manifest, read_mani
 from heatsink.export.opening_ports import PortedComponent
 from heatsink.export.port_table import read_table
 from heatsink.runtime.adapters import AdapterBank
-from heatsink.runtime.backends.session import Array, Session
+from heatsink.runtime.backends.session import Array, Phased, Session
 from heatsink.runtime.buckets import plan, run_rows
 from heatsink.runtime.digest import sha256_file
 from heatsink.runtime.engine import Engine
@@ -62,6 +62,20 @@ class OpenComponent:
     def check_first(self) -> None:
         """Check the smallest bucket."""
         self.check(min(self._known.buckets))
+
+    def prepare(self, inputs: Mapping[str, Array], timesteps: Sequence[Array]) -> None:
+        """Compute ahead what a request and a schedule decide, where the backend keeps it."""
+        if not isinstance(self._session, Phased):
+            return
+        # What is checked later would forget what is prepared now.
+        for bucket in self._planned(len(timesteps), self._known.buckets):
+            self.check(bucket)
+        self._session.prepare(inputs, timesteps)
+
+    def forget(self) -> None:
+        """Let go of what the backend keeps of earlier runs."""
+        if isinstance(self._session, Phased):
+            self._session.forget()
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run the rows of `inputs` and return the outputs' rows, in order."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,8 @@ from heatsink.runtime.backends.session import Array
 from heatsink.runtime.errors import EngineMismatch, InvalidRequest, ResourceError
 from heatsink.runtime.graph.graph import Graph
 from heatsink.runtime.graph.serial import graph_from_json
-from heatsink.runtime.native.component import NativeComponent, Workspace
+from heatsink.runtime.native.component import Workspace
+from heatsink.runtime.native.phased import PhasedComponent
 from heatsink.runtime.weights import open_safetensors
 
 # PyTorch has no type for it on a CPU.
@@ -66,7 +67,7 @@ class NativeSession:
         self.name = name
         self.inputs, self.outputs = list(graph.inputs), list(graph.outputs)
         self._threads = threads
-        self._component = NativeComponent(graph, device=workspace.device, workspace=workspace)
+        self._component = PhasedComponent(graph, device=workspace.device, workspace=workspace)
         with _no_memory(f"open {name} for {largest} rows"):
             self._component.reserve(largest)
 
@@ -82,11 +83,25 @@ class NativeSession:
             raise InvalidRequest(
                 f"{self.name} takes the inputs {sorted(self.inputs)}, got {sorted(inputs)}"
             )
-        given = {name: torch.from_numpy(np.asarray(value)) for name, value in inputs.items()}
+        given = _tensors(inputs)
         shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
         with _no_memory(f"run {self.name} on {shapes}"), _threads(self._threads):
             found = self._component.run(given)
         return {name: _array(value) for name, value in found.items()}
+
+    def prepare(self, inputs: Mapping[str, Array], timesteps: Sequence[Array]) -> None:
+        """Compute ahead what the rows' request and schedule decide; see `PhasedComponent`."""
+        shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
+        with _no_memory(f"prepare {self.name} for {shapes}"), _threads(self._threads):
+            self._component.prepare(_tensors(inputs), [torch.from_numpy(t) for t in timesteps])
+
+    def forget(self) -> None:
+        """Let go of what is kept of earlier runs."""
+        self._component.forget()
+
+
+def _tensors(inputs: Mapping[str, Array]) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(np.asarray(value)) for name, value in inputs.items()}
 
 
 def _array(value: Tensor) -> Array:
