@@ -23,7 +23,6 @@ import typer
 from torch import Tensor
 
 from heatsink import console
-from heatsink.export.components import PASSES
 from heatsink.export.onnx import to_onnx
 from heatsink.runtime.backends.onnxruntime import OnnxRuntimeSession
 from heatsink.runtime.errors import HeatsinkError
@@ -31,7 +30,7 @@ from heatsink.runtime.graph.capture import capture
 from heatsink.runtime.graph.components import input_shapes
 from heatsink.runtime.graph.graph import Graph
 from heatsink.runtime.graph.passes import run_passes
-from heatsink.runtime.graph.passes.pipeline import PASSES_NATIVE
+from heatsink.runtime.graph.passes.pipeline import PASSES_NATIVE, PASSES_ONNX
 from heatsink.runtime.graph.phases import Phase, split
 from heatsink.runtime.model import Model
 from heatsink.runtime.native.program import Program
@@ -120,7 +119,7 @@ def main(
     print("| rows | system | time, ONNX Runtime = 1 (fastest to slowest round) |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as folder, console.quiet_libraries():
         path = Path(folder) / "unet.onnx"
-        to_onnx(run_passes(graphs["fp32"], PASSES), path)
+        to_onnx(run_passes(graphs["fp32"], PASSES_ONNX), path)
         session = OnnxRuntimeSession("unet", path, threads=torch.get_num_threads())
         for rows in map(int, batches.split(",")):
             _measure(opened, graphs["fp32"], passed, session, rows, rounds)

@@ -19,13 +19,13 @@ import typer
 
 from heatsink import console
 from heatsink.export import exactness
-from heatsink.export.components import PASSES
 from heatsink.export.manifest import TensorSpec
 from heatsink.export.onnx import to_onnx
 from heatsink.runtime.backends.onnxruntime import OnnxRuntimeSession
 from heatsink.runtime.graph.capture import capture
 from heatsink.runtime.graph.components import input_shapes
 from heatsink.runtime.graph.passes import run_passes
+from heatsink.runtime.graph.passes.pipeline import PASSES_ONNX
 from heatsink.runtime.model import Model
 from heatsink.runtime.text import Tokenizer
 
@@ -45,7 +45,7 @@ def sessions(model: Model, folder: Path) -> tuple[list[Any], list[TensorSpec]]:
         model.buffers("unet"),
         example_shapes=shapes,
     )
-    graph = run_passes(captured, PASSES)
+    graph = run_passes(captured, PASSES_ONNX)
     opened = []
     for opset, fused in VARIANTS:
         path = folder / f"{opset}-{fused}.onnx"

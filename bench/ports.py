@@ -26,7 +26,6 @@ import typer
 from heatsink import console
 from heatsink.export import exactness, onnx_ports
 from heatsink.export import plan as planning
-from heatsink.export.components import PORT_PASSES
 from heatsink.export.manifest import TensorSpec
 from heatsink.export.onnx import to_onnx
 from heatsink.export.ported_exactness import bank_probe, port_inputs
@@ -34,6 +33,7 @@ from heatsink.runtime.adapter_targets import Targets
 from heatsink.runtime.backends.onnxruntime import OnnxRuntimeSession
 from heatsink.runtime.graph.capture import capture
 from heatsink.runtime.graph.passes import run_passes
+from heatsink.runtime.graph.passes.pipeline import PASSES_ONNX_PORTS
 from heatsink.runtime.graph.passes.ports import add_ports
 from heatsink.runtime.model import Model
 from heatsink.runtime.port_layout import PortLayout
@@ -86,13 +86,13 @@ def captured(model: Model) -> Any:
     """The UNet's graph, as engines with ports have it."""
     plan = planning.plan(
         model, "unet", planning.default_size(model), 1,
-        opset=None, precision="fp32", report=lambda what, done, total: None,
+        opset=None, precision="fp32", backend="onnxruntime", report=lambda what, done, total: None,
     )  # fmt: skip
     graph = capture(
         "unet", model.module("unet"), model.weights("unet"), model.buffers("unet"),
         example_shapes=plan.shapes,
     )  # fmt: skip
-    return run_passes(graph, PORT_PASSES)
+    return run_passes(graph, PASSES_ONNX_PORTS)
 
 
 def opened(graph: Any, layout: PortLayout | None, way: str, folder: Path) -> OnnxRuntimeSession:

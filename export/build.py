@@ -1,15 +1,16 @@
-"""Builds an engine folder out of a model: capture, passes, ONNX, parity, exactness, manifest."""
+"""Builds an engine folder out of a model: capture, passes, files, parity, exactness, manifest."""
 
 from __future__ import annotations
 
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from heatsink.export import components, environment, port_table, ported
+from heatsink.export import backends, components, environment, port_table, ported
 from heatsink.export import plan as planning
+from heatsink.export.backends import Backend, OnnxRuntime
 from heatsink.export.donors import find_donors, take_over
 from heatsink.export.manifest import (
     Artefact,
@@ -18,6 +19,7 @@ from heatsink.export.manifest import (
     Manifest,
     PortedGraph,
     Ports,
+    Precision,
     Range,
     Shapes,
     Source,
@@ -48,7 +50,8 @@ class Options:
     """How an engine is built; the names are those of `heatsink build`'s flags.
 
     Attributes:
-        backend: who runs it.
+        backend: who runs it: `torch` (this package's own), `onnxruntime`, or `auto`, the fastest on
+            this machine, which the manifest names.
         batch: rows of a UNet batch, (smallest, best served, largest).
         size: (height, width) in pixels; the model's own where None.
         precision: what the components compute in.
@@ -60,15 +63,24 @@ class Options:
             the linear projections of "attention".
     """
 
-    backend: str = "onnxruntime"
+    backend: str = backends.AUTO
     batch: tuple[int, int, int] = (1, 8, 16)
     size: tuple[int, int] | None = None
-    precision: str = "fp32"
+    precision: Precision = "fp32"
     fuse: Sequence[tuple[Path, float]] = ()
     strict: bool = True
     opset: int | None = None
     adapters: tuple[int, int] | None = None
     ports: str = "all"
+
+    @property
+    def chosen(self) -> Backend:
+        """The backend, which `auto` leaves to the machine.
+
+        Raises:
+            NotBuilt: this version has none of that name.
+        """
+        return backends.backend(backends.choose(self.backend, ports=self.adapters is not None))
 
     def check(self) -> None:
         """Refuse what can't be built.
@@ -77,16 +89,17 @@ class Options:
             NotBuilt: this version can't build it yet.
             InvalidRequest: a value is out of range.
         """
-        if self.backend != "onnxruntime":
+        chosen = self.chosen
+        if self.precision not in chosen.precisions:
             raise NotBuilt(
-                f"backend {self.backend!r} is not built yet; this version builds onnxruntime"
+                f"precision {self.precision!r} is not built yet for {chosen.name}; "
+                f"this version builds {', '.join(chosen.precisions)}"
             )
-        if self.precision != "fp32":
-            raise NotBuilt(
-                f"precision {self.precision!r} is not built yet for {self.backend}; "
-                "this version builds fp32"
-            )
+        if self.opset is not None and chosen.name != OnnxRuntime.name:
+            raise InvalidRequest(f"opset: engines of {chosen.name} hold no ONNX files")
         ported.check_options(self.adapters, self.ports)
+        if self.adapters is not None and chosen.name != OnnxRuntime.name:
+            raise NotBuilt(f"adapter ports are not built yet for {chosen.name}")
         low, best, high = self.batch
         if not 1 <= low <= best <= high <= MAX_BATCH:
             raise InvalidRequest(
@@ -145,6 +158,7 @@ def build(
     """
     options = options or Options()
     options.check()
+    options = replace(options, backend=options.chosen.name)
     report = progress or (lambda what, done, total: None)
     # Through a link, what it points to is replaced, not the link.
     target = Path(out).resolve()
@@ -165,6 +179,7 @@ def build(
             options.batch[2],
             opset=options.opset,
             precision=options.precision,
+            backend=options.backend,
             layout=layouts.get(name),
             report=report,
         )
@@ -269,7 +284,7 @@ def _manifest(
     low, best, high = options.batch
     return Manifest(
         heatsink_version=environment.version(),
-        backend="onnxruntime",
+        backend=options.chosen.name,
         libraries=environment.libraries(),
         device=environment.processor(),
         source=source,

@@ -1,4 +1,4 @@
-"""Builds one component of an engine: capture, passes, ONNX file, parity with PyTorch, exactness."""
+"""Builds one component of an engine: capture, passes, files, parity with PyTorch, exactness."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from heatsink.export import exactness, ported
+from heatsink.export import backends, exactness, ported
+from heatsink.export.backends import Backend, Written
 from heatsink.export.manifest import (
     Artefact,
     Component,
@@ -20,23 +21,16 @@ from heatsink.export.manifest import (
     Preflight,
     TensorSpec,
 )
-from heatsink.export.onnx import OnnxFile, to_onnx
 from heatsink.export.parity import check_parity
 from heatsink.export.plan import Plan, Report
-from heatsink.runtime.backends.onnxruntime import OnnxRuntimeSession
+from heatsink.runtime.backends.session import Session
 from heatsink.runtime.digest import sha256_file
 from heatsink.runtime.graph.capture import capture
 from heatsink.runtime.graph.graph import Graph
-from heatsink.runtime.graph.passes import run_passes, to_fixpoint
-from heatsink.runtime.graph.passes.dead_code import remove_dead_code
-from heatsink.runtime.graph.passes.drop_noops import drop_noop_nodes
-from heatsink.runtime.graph.passes.flat_sums import flatten_sums
-from heatsink.runtime.graph.passes.fold_scale import fold_scales
+from heatsink.runtime.graph.passes import run_passes
 from heatsink.runtime.model import Model
 
-PASSES = (to_fixpoint(drop_noop_nodes, fold_scales, remove_dead_code),)
-# Of a graph with ports and of its twin without: else their rows differ in the last bits.
-PORT_PASSES = (*PASSES, flatten_sums)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -61,24 +55,26 @@ def build(model: Model, plan: Plan, folder: Path, strict: bool, report: Report) 
     begun = time.perf_counter()
     name, stages = plan.name, 4 if plan.layout is None else 5
     report(f"building {name}", 0, stages)
-    graph = _captured(model, plan)
+    backend = backends.backend(plan.backend)
+    graph = _captured(model, plan, backend)
     report(f"building {name}", 1, stages)
-    onnx = to_onnx(graph, folder / f"{name}.onnx", opset=plan.opset)
+    written = backend.write(graph, folder, opset=plan.opset)
     report(f"building {name}", 2, stages)
     specs = [_spec(n, spec.shape, spec.dtype) for n, spec in graph.inputs.items()]
-    session = OnnxRuntimeSession(name, onnx.path)
-    parity = check_parity(model, plan.text_layer, specs, session)
+    session = backend.open(name, written.graph, largest=plan.largest, threads=0, workspace=None)
+    dtype = DTYPES[plan.precision]
+    parity = check_parity(model, plan.text_layer, specs, session, dtype)
     report(f"building {name}", 3, stages)
-    known = _known_answer(session, specs, plan.largest, strict, report)
+    known = _known_answer(session, specs, backend.sizes(plan.largest), strict, report)
     # Its weights are twice in memory until then.
     del session
     gc.collect()
     extra = None
     if plan.layout is not None:
         report(f"building {name}", 4, stages)
-        extra = ported.build(model, plan, graph, onnx, known, strict, report)
+        extra = ported.build(model, plan, graph, written, known, strict, report)
         gc.collect()
-    component = _component(plan, graph, onnx, specs, parity, folder, strict)
+    component = _component(plan, graph, written, specs, parity, folder, strict)
     if extra is not None:
         listed = [*component.artefacts, artefact(folder, extra.graph)]
         component = component.model_copy(update={"artefacts": listed})
@@ -91,29 +87,28 @@ def build(model: Model, plan: Plan, folder: Path, strict: bool, report: Report) 
     return Built(component, known, measured, extra)
 
 
-def _captured(model: Model, plan: Plan) -> Graph:
+def _captured(model: Model, plan: Plan, backend: Backend) -> Graph:
     graph = capture(
         plan.name,
         model.module(plan.name),
         model.weights(plan.name),
         model.buffers(plan.name),
         example_shapes=plan.shapes,
-        dtype=torch.float32,
+        dtype=DTYPES[plan.precision],
         text_layer=plan.text_layer,
     )
-    return run_passes(graph, PASSES if plan.layout is None else PORT_PASSES)
+    return run_passes(graph, backend.passes(ports=plan.layout is not None))
 
 
 def _known_answer(
-    session: OnnxRuntimeSession, specs: list[TensorSpec], largest: int, strict: bool, report: Report
+    session: Session, specs: list[TensorSpec], sizes: list[int], strict: bool, report: Report
 ) -> KnownAnswer:
     if not strict:
-        sizes = exactness.bucket_sizes(largest)
         return KnownAnswer(buckets=sizes, probe_seed=exactness.PROBE_SEED, answers=[])
     return exactness.measure(
         session,
         specs,
-        largest,
+        sizes,
         lambda done, total: report(f"exactness of {session.name}", done, total),
     )
 
@@ -121,24 +116,26 @@ def _known_answer(
 def _component(
     plan: Plan,
     graph: Graph,
-    onnx: OnnxFile,
+    written: Written,
     specs: list[TensorSpec],
     parity: Parity,
     folder: Path,
     strict: bool,
 ) -> Component:
     origins = folder / f"{plan.name}.origins.json"
-    table = {name: [origin.as_list() for origin in parts] for name, parts in onnx.origins.items()}
+    table = {
+        name: [origin.as_list() for origin in parts] for name, parts in written.origins.items()
+    }
     text = json.dumps(table, indent=0, sort_keys=True)
     origins.write_text(text + "\n", encoding="utf-8")
-    names = [onnx.path.name, origins.name] + ([onnx.data.name] if onnx.data else [])
+    names = [*(path.name for path in written.files), origins.name]
     return Component(
         artefacts=[artefact(folder, name) for name in names],
-        graph=onnx.path.name,
+        graph=written.graph.name,
         inputs=specs,
         outputs=[_spec(n, spec.shape, spec.dtype) for n, spec in graph.outputs.items()],
-        precision="fp32",
-        opset=onnx.opset,
+        precision=plan.precision,
+        opset=written.opset,
         parameters=plan.parameters,
         origins=origins.name,
         source_digest=plan.source_digest,
@@ -154,4 +151,6 @@ def artefact(folder: Path, name: str) -> Artefact:
 
 
 def _spec(name: str, shape: tuple[int | str, ...], dtype: torch.dtype) -> TensorSpec:
-    return TensorSpec(name=name, dtype=str(dtype).removeprefix("torch."), shape=list(shape))
+    # What a session takes and gives: NumPy has no bfloat16.
+    given = torch.float32 if dtype.is_floating_point else dtype
+    return TensorSpec(name=name, dtype=str(given).removeprefix("torch."), shape=list(shape))

@@ -8,14 +8,14 @@ class only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 
 from heatsink.export.manifest import KnownAnswer, TensorSpec
 from heatsink.kernels.fingerprint import fingerprint
-from heatsink.runtime.backends.session import Array, Session
+from heatsink.runtime.backends.session import Array, Phased, Session
 from heatsink.runtime.errors import EngineMismatch, NumericError
 
 PROBE_SEED = 20_260_101
@@ -25,6 +25,19 @@ def bucket_sizes(largest: int) -> list[int]:
     """Powers of two up to `largest`, and `largest` itself."""
     sizes = [1 << k for k in range(largest.bit_length()) if 1 << k <= largest]
     return sizes if sizes[-1] == largest else [*sizes, largest]
+
+
+def close_sizes(largest: int) -> list[int]:
+    """Sizes up to `largest` of which one holds any number of rows with at most a fifth padding.
+
+    >>> close_sizes(24)
+    [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24]
+    """
+    sizes, size = [1], 1
+    while size < largest:
+        size = min(largest, size + max(1, 1 << (max(size.bit_length() - 3, 0))))
+        sizes.append(size)
+    return sizes
 
 
 def probe(inputs: list[TensorSpec], rows: int, seed: int) -> dict[str, Array]:
@@ -64,6 +77,14 @@ def row_answers(outputs: Mapping[str, Array]) -> list[str]:
     return [f"{int(value):016x}" for value in total]
 
 
+def run_afresh(session: Session, values: Mapping[str, Array]) -> dict[str, Array]:
+    """Run a session; nothing that it keeps of one run is used in another."""
+    out = session.run(values)
+    if isinstance(session, Phased):
+        session.forget()
+    return out
+
+
 def _answers_in(session: Session, values: Mapping[str, Array], bucket: int) -> list[str] | None:
     """Answers of rows 0 to `bucket` - 1, run at once; None if they depend on place or neighbours.
 
@@ -72,7 +93,7 @@ def _answers_in(session: Session, values: Mapping[str, Array], bucket: int) -> l
     """
     half = bucket // 2
     first, second = (
-        row_answers(session.run({name: value[rows] for name, value in values.items()}))
+        row_answers(run_afresh(session, {name: value[rows] for name, value in values.items()}))
         for rows in (slice(0, bucket), slice(half, half + bucket))
     )
     return first if first[half:] == second[: bucket - half] else None
@@ -81,16 +102,22 @@ def _answers_in(session: Session, values: Mapping[str, Array], bucket: int) -> l
 def measure(
     session: Session,
     inputs: list[TensorSpec],
-    largest: int,
+    sizes: Sequence[int],
     progress: Callable[[int, int], None] | None = None,
 ) -> KnownAnswer:
     """The largest class of buckets (ties: the one with the larger bucket) and its known answers.
 
+    Args:
+        session: the component.
+        inputs: what it takes.
+        sizes: the buckets to try, ascending.
+        progress: called with how many of them were measured, and of how many.
+
     Raises:
         EngineMismatch: no batch size gives a row the same bits at two places.
     """
+    largest = max(sizes)
     values = probe(inputs, largest + largest // 2, PROBE_SEED)
-    sizes = bucket_sizes(largest)
     found: dict[int, list[str]] = {}
     for done, bucket in enumerate(sizes):
         answers = _answers_in(session, values, bucket)
@@ -123,7 +150,7 @@ def check(session: Session, inputs: list[TensorSpec], known: KnownAnswer, bucket
         EngineMismatch: this machine or library gives other bits than the one that built the engine.
     """
     values = probe(inputs, bucket, known.probe_seed)
-    found = row_answers(session.run(values))
+    found = row_answers(run_afresh(session, values))
     wrong = [row for row in range(bucket) if found[row] != known.answers[row]]
     if wrong:
         raise EngineMismatch(

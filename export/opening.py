@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from heatsink.export import exactness
+from heatsink.export.backends import backend
 from heatsink.export.manifest import Component, KnownAnswer, Manifest, read_manifest
 from heatsink.export.opening_ports import PortedComponent
 from heatsink.export.port_table import read_table
 from heatsink.runtime.adapters import AdapterBank
-from heatsink.runtime.backends.onnxruntime import OnnxRuntimeSession
-from heatsink.runtime.backends.session import Array, Session
-from heatsink.runtime.buckets import run_rows
+from heatsink.runtime.backends.session import Array, Phased, Session
+from heatsink.runtime.buckets import plan, run_rows
 from heatsink.runtime.digest import sha256_file
 from heatsink.runtime.engine import Engine
-from heatsink.runtime.errors import EngineMismatch, NotBuilt
+from heatsink.runtime.errors import EngineMismatch
+from heatsink.runtime.native.component import Workspace
 from heatsink.runtime.port_layout import PortLayout
 from heatsink.runtime.schedule import ScheduleConfig
 from heatsink.runtime.spec import EngineSpec
@@ -32,7 +33,14 @@ class OpenComponent:
     A bucket is checked against the known answer before its first use; until then it is not trusted.
     """
 
-    def __init__(self, session: Session, component: Component, known: KnownAnswer) -> None:
+    def __init__(
+        self,
+        session: Session,
+        component: Component,
+        known: KnownAnswer,
+        planned: Callable[[int, Sequence[int]], list[int]] = plan,
+    ) -> None:
+        self._planned = planned
         self._session, self._component, self._known = session, component, known
         self._checked: set[int] = set()
 
@@ -55,9 +63,23 @@ class OpenComponent:
         """Check the smallest bucket."""
         self.check(min(self._known.buckets))
 
+    def prepare(self, inputs: Mapping[str, Array], timesteps: Sequence[Array]) -> None:
+        """Compute ahead what a request and a schedule decide, where the backend keeps it."""
+        if not isinstance(self._session, Phased):
+            return
+        # What is checked later would forget what is prepared now.
+        for bucket in self._planned(len(timesteps), self._known.buckets):
+            self.check(bucket)
+        self._session.prepare(inputs, timesteps)
+
+    def forget(self) -> None:
+        """Let go of what the backend keeps of earlier runs."""
+        if isinstance(self._session, Phased):
+            self._session.forget()
+
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run the rows of `inputs` and return the outputs' rows, in order."""
-        return run_rows(self._session, inputs, self._known.buckets, before=self.check)
+        return run_rows(self._session, inputs, self._known.buckets, self.check, self._planned)
 
 
 def check_files(folder: Path, manifest: Manifest, progress: Progress | None = None) -> None:
@@ -94,17 +116,36 @@ def check_files(folder: Path, manifest: Manifest, progress: Progress | None = No
 
 
 def open_session(
-    manifest: Manifest, folder: Path, name: str, *, threads: int = 0, ported: bool = False
+    manifest: Manifest,
+    folder: Path,
+    name: str,
+    *,
+    threads: int = 0,
+    ported: bool = False,
+    workspace: Workspace | None = None,
 ) -> Session:
-    """Open one component through the manifest's backend; `ported`: its graph with adapter ports.
+    """Open one component through the manifest's backend.
+
+    Args:
+        manifest: of the engine.
+        folder: of the engine.
+        name: of the component.
+        threads: of the CPU backend; 0 lets it choose.
+        ported: its graph with adapter ports.
+        workspace: memory that components share which run one after the other.
 
     Raises:
         NotBuilt: this version can't run that backend.
     """
-    if manifest.backend != "onnxruntime":
-        raise NotBuilt(f"{folder}: engines of the backend {manifest.backend!r} can't be opened yet")
     part = manifest.ports.components[name] if ported else manifest.components[name]
-    return OnnxRuntimeSession(name, folder / part.graph, threads=threads)
+    known = manifest.exactness.components[name]
+    return backend(manifest.backend).open(
+        name,
+        folder / part.graph,
+        largest=max(known.buckets),
+        threads=threads,
+        workspace=workspace,
+    )
 
 
 def describe(folder: Path, manifest: Manifest) -> EngineSpec:
@@ -153,14 +194,15 @@ def open_engine(
     if verify:
         check_files(folder, manifest, progress)
     components: dict[str, OpenComponent | PortedComponent] = {}
+    workspace, runs = Workspace(), backend(manifest.backend).runs
     bank, layouts = _open_bank(folder, manifest)
     for done, (name, component) in enumerate(manifest.components.items()):
-        session = open_session(manifest, folder, name, threads=threads)
+        session = open_session(manifest, folder, name, threads=threads, workspace=workspace)
         known = manifest.exactness.components[name]
-        opened: OpenComponent | PortedComponent = OpenComponent(session, component, known)
+        opened: OpenComponent | PortedComponent = OpenComponent(session, component, known, runs)
         if bank is not None and name in layouts:
             opened = PortedComponent(
-                OpenComponent(session, component, known),
+                OpenComponent(session, component, known, runs),
                 component.inputs,
                 manifest.ports.components[name],
                 layouts[name],

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from heatsink.export import environment
+from heatsink.export.backends import OnnxRuntime
+from heatsink.export.manifest import Precision
 from heatsink.export.onnx import DEFAULT_OPSET
 from heatsink.runtime.digest import canonical_json, sha256_bytes
 from heatsink.runtime.errors import InvalidRequest, ModelError
@@ -19,7 +21,9 @@ from heatsink.runtime.text import Tokenizer
 
 Report = Callable[[str, int, int], None]
 # Recorded in the build key: raise it when capture, passes or export change what they make.
-RECIPE = 2
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
+"""Of a weight."""
+RECIPE = 3
 
 
 @dataclass(frozen=True)
@@ -30,8 +34,9 @@ class Plan:
     shapes: dict[str, tuple[int | str, ...]]
     text_layer: TextLayer | None
     largest: int
-    opset: int
-    precision: str
+    opset: int | None
+    precision: Precision
+    backend: str
     source_digest: str
     parameters: int
     layout: PortLayout | None = None
@@ -40,7 +45,7 @@ class Plan:
     def disk_bytes(self) -> int:
         """Bytes its files will take, about; a graph with ports shares the weights of the other."""
         graphs = 1 if self.layout is None else 2
-        return 4 * self.parameters + graphs * (1 << 20)
+        return BYTES[self.precision] * self.parameters + graphs * (1 << 20)
 
     def key(self, strict: bool) -> str:
         """SHA-256 of everything above, the libraries and the processor."""
@@ -94,7 +99,8 @@ def plan(
     rows: int,
     *,
     opset: int | None,
-    precision: str,
+    precision: Precision,
+    backend: str,
     layout: PortLayout | None = None,
     report: Report,
 ) -> Plan:
@@ -107,6 +113,7 @@ def plan(
         rows: the largest batch of the UNet.
         opset: of the ONNX file; None takes the default.
         precision: what it computes in.
+        backend: who runs it.
         layout: of its adapter ports, if it gets any.
         report: called with (what is being done, done, total).
 
@@ -124,8 +131,9 @@ def plan(
         text_layer=_text_layer(model, name),
         # An image is one row of the VAE and up to two of the UNet.
         largest=max(1, rows // 2) if name.startswith("vae") else rows,
-        opset=DEFAULT_OPSET if opset is None else opset,
+        opset=(opset or DEFAULT_OPSET) if backend == OnnxRuntime.name else None,
         precision=precision,
+        backend=backend,
         source_digest=model.digest(
             name, lambda done, total: report(f"digesting {name}", done, total)
         ),

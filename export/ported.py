@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from heatsink.export import exactness, parity, ported_exactness
+from heatsink.export.backends import Written
 from heatsink.export.manifest import KnownAnswer, Parity, PortedGraph, TensorSpec
-from heatsink.export.onnx import OnnxFile, to_onnx
+from heatsink.export.onnx import to_onnx
 from heatsink.runtime.adapter_targets import Targets
 from heatsink.runtime.backends.onnxruntime import OnnxRuntimeSession
 from heatsink.runtime.backends.session import Array, Session
@@ -74,7 +75,7 @@ def build(
     model: Model,
     plan: Plan,
     graph: Graph,
-    twin: OnnxFile,
+    twin: Written,
     known: KnownAnswer,
     strict: bool,
     report: Report,
@@ -99,8 +100,8 @@ def build(
     used = {origin.parameter for origins in graph.origins.values() for origin in origins}
     unused = [path for path in layout.places() if f"{path}.weight" not in used]
     ported = run_passes(graph, [add_ports(layout, unused)])
-    path = twin.path.with_name(f"{plan.name}_ports.onnx")
-    to_onnx(ported, path, opset=plan.opset, weights_of=twin.path)
+    path = twin.graph.with_name(f"{plan.name}_ports.onnx")
+    to_onnx(ported, path, opset=plan.opset, weights_of=twin.graph)
     session = OnnxRuntimeSession(plan.name, path)
     specs, inputs = _specs(graph), _specs(ported)
     measured = _parity(model, plan, specs, session, set(layout.places()) - set(unused))

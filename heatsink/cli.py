@@ -36,7 +36,7 @@ app.add_typer(graph_command.app, name="graph")
 def build(
     model: flags.Model,
     out: flags.EngineOut,
-    backend: flags.Backend = "onnxruntime",
+    backend: flags.Backend = "auto",
     batch: flags.Batch = "1:8:16",
     size: flags.BuildSize = "",
     precision: flags.Precision = "fp32",

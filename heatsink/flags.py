@@ -16,7 +16,11 @@ Model = Annotated[
 ]
 EngineOut = Annotated[Path, typer.Option("--out", "-o", help="the engine folder to write")]
 Backend = Annotated[
-    str, typer.Option(help="who runs it: onnxruntime (torch, tensorrt, tensorrt-rtx: not yet)")
+    str,
+    typer.Option(
+        help="who runs it: torch (Heatsink's own), onnxruntime, or auto, the fastest here "
+        "(tensorrt, tensorrt-rtx: not yet)"
+    ),
 ]
 Batch = Annotated[
     str, typer.Option(help="rows of a UNet batch, MIN:OPT:MAX or MAX; only MAX counts yet")
@@ -24,7 +28,7 @@ Batch = Annotated[
 BuildSize = Annotated[
     str, typer.Option(help="HEIGHTxWIDTH in pixels; the model's own if not given")
 ]
-Precision = Annotated[str, typer.Option(help="fp32 (bf16, fp16, fp8: not yet)")]
+Precision = Annotated[str, typer.Option(help="fp32, or with torch bf16 (fp16, fp8: not yet)")]
 Fuse = Annotated[
     list[str] | None, typer.Option(help="FILE:SCALE, a LoRA to merge; may be repeated")
 ]

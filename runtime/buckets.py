@@ -29,6 +29,23 @@ def plan(rows: int, buckets: Sequence[int]) -> list[int]:
     return sorted(best[rows][2], reverse=True)
 
 
+def in_one_run(rows: int, buckets: Sequence[int]) -> list[int]:
+    """The smallest bucket that holds all rows; before it the largest, as often as they fill it.
+
+    For buckets that lie close, where another run costs more than the padding, and where the number
+    of runs must not depend on the rows.
+
+    >>> in_one_run(5, [1, 2, 4, 6])
+    [6]
+    >>> in_one_run(9, [1, 2, 4, 6])
+    [6, 4]
+    """
+    largest = max(buckets)
+    whole, rest = divmod(rows, largest)
+    last = [min(bucket for bucket in buckets if bucket >= rest)] if rest else []
+    return [largest] * whole + last
+
+
 def alike(keys: Sequence[Hashable]) -> list[list[int]]:
     """The places of equal keys together, in order of first appearance.
 
@@ -46,16 +63,17 @@ def run_rows(
     inputs: Mapping[str, Array],
     buckets: Sequence[int],
     before: Callable[[int], None] | None = None,
+    planned: Callable[[int, Sequence[int]], list[int]] = plan,
 ) -> dict[str, Array]:
     """Run all rows of `inputs` (first dimension of each) and return the outputs' rows in order.
 
     Padding rows repeat the first row of their run and are dropped. `before` is called with every
-    bucket that is about to be run.
+    bucket that is about to be run; `planned` chooses them.
     """
     rows = len(next(iter(inputs.values())))
     parts: list[dict[str, Array]] = []
     start = 0
-    for bucket in plan(rows, buckets):
+    for bucket in planned(rows, buckets):
         if before:
             before(bucket)
         stop = min(rows, start + bucket)

@@ -21,7 +21,7 @@ from heatsink.runtime.adapter_lease import Lease, trimmed
 from heatsink.runtime.adapter_mix import Mix
 from heatsink.runtime.adapters import AdapterBank
 from heatsink.runtime.arguments import Adapters, make_requests
-from heatsink.runtime.backends.session import Array
+from heatsink.runtime.backends.session import Array, Phased
 from heatsink.runtime.buckets import alike
 from heatsink.runtime.conditions import Conditions, encode
 from heatsink.runtime.digest import image_digest
@@ -305,12 +305,30 @@ class Engine:
         for places in alike([tuple(job.latents.shape) for job in jobs]):
             group = [jobs[place] for place in places]
             own = sum(job.rows_left for job in group)
+            self._prepare(group)
             denoise(
                 group,
                 lambda inputs: self._run("unet", trimmed(inputs))["out"],
                 lambda done, _, before=before: report(before + done, total),  # type: ignore[misc]
             )
             before += own
+
+    def _prepare(self, jobs: Sequence[Job]) -> None:
+        """Let the UNet compute before the loop what does not depend on the latents."""
+        unet = self._components["unet"]
+        if not isinstance(unet, Phased):
+            return
+        conditions = [condition for job in jobs for condition in job.conditions]
+        names = conditions[0] if conditions else ()
+        inputs = {name: np.stack([row[name] for row in conditions]) for name in names}
+        times = [job.timesteps for job in jobs for _ in job.conditions]
+        unet.prepare(trimmed(inputs), times)
+
+    def forget(self) -> None:
+        """Let go of what is kept of earlier requests; the next costs what a first one does."""
+        for component in self._components.values():
+            if isinstance(component, Phased):
+                component.forget()
 
     def _decode(self, jobs: Sequence[Job]) -> list[Any]:
         """Latents to pixels, the images of one size in one batch; in the order of the jobs."""

@@ -63,13 +63,25 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def sd1_folder(tiny_sd1: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny SD1 model's engine, for UNet batches of 1, 2 and 4. Don't change it."""
-    return build_engine(tiny_sd1, tmp_path_factory.mktemp("engines") / "sd1")
+    return build_engine(tiny_sd1, tmp_path_factory.mktemp("engines") / "sd1", "torch")
 
 
 @pytest.fixture(scope="session")
 def sdxl_folder(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny SDXL model's engine, for UNet batches of 1, 2 and 4. Don't change it."""
-    return build_engine(tiny_sdxl, tmp_path_factory.mktemp("engines") / "sdxl")
+    return build_engine(tiny_sdxl, tmp_path_factory.mktemp("engines") / "sdxl", "torch")
+
+
+@pytest.fixture(scope="session")
+def sd1_onnx_folder(tiny_sd1: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`sd1_folder` for ONNX Runtime. Don't change it."""
+    return build_engine(tiny_sd1, tmp_path_factory.mktemp("engines") / "sd1", "onnxruntime")
+
+
+@pytest.fixture(scope="session")
+def sdxl_onnx_folder(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`sdxl_folder` for ONNX Runtime. Don't change it."""
+    return build_engine(tiny_sdxl, tmp_path_factory.mktemp("engines") / "sdxl", "onnxruntime")
 
 
 @pytest.fixture(scope="session")
@@ -88,11 +100,27 @@ def sdxl_engine(sdxl_folder: Path) -> Any:
     return heatsink.load(sdxl_folder, threads=1)
 
 
-def build_engine(model: Path, out: Path) -> Path:
+@pytest.fixture(scope="session")
+def sd1_onnx_engine(sd1_onnx_folder: Path) -> Any:
+    """The tiny SD1 engine of ONNX Runtime, opened."""
+    import heatsink
+
+    return heatsink.load(sd1_onnx_folder, threads=1)
+
+
+@pytest.fixture(scope="session")
+def sdxl_onnx_engine(sdxl_onnx_folder: Path) -> Any:
+    """The tiny SDXL engine of ONNX Runtime, opened."""
+    import heatsink
+
+    return heatsink.load(sdxl_onnx_folder, threads=1)
+
+
+def build_engine(model: Path, out: Path, backend: str) -> Path:
     """Build the small engine that tests of the runtime share."""
     import heatsink
 
-    heatsink.build(model, out, batch=(1, 2, 4))
+    heatsink.build(model, out, backend=backend, batch=(1, 2, 4))
     return out
 
 

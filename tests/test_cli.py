@@ -101,7 +101,11 @@ def refused(outcome: Outcome, message: str, code: int = 2) -> None:
         (["--fuse", "missing.safetensors:0.5"], "AdapterError: missing.safetensors is missing"),
         (["--fuse", "brand.safetensors:much"], "InvalidRequest: --fuse: expected FILE:SCALE"),
         (["--fuse", "brand.safetensors:nan"], "InvalidRequest: fuse: expected a finite scale"),
-        (["--opset", "12"], "NotBuilt: ONNX opset 12 is too old"),
+        (["--backend", "onnxruntime", "--opset", "12"], "NotBuilt: ONNX opset 12 is too old"),
+        (
+            ["--backend", "torch", "--opset", "23"],
+            "InvalidRequest: opset: engines of torch hold no",
+        ),
         (["--opset", "new"], "heatsink: Invalid value for '--opset'"),
         (["--frobnicate"], "heatsink: No such option"),
     ],
@@ -274,9 +278,9 @@ def test_a_picture_that_is_none_is_refused(run: Run, sd1_folder: Path) -> None:
 
 def test_a_damaged_engine_is_refused(run: Run, sd1_folder: Path, tmp_path: Path) -> None:
     engine = Path(shutil.copytree(sd1_folder, tmp_path / "damaged"))
-    data = bytearray((engine / "unet.onnx.data").read_bytes())
+    data = bytearray((engine / "unet.safetensors").read_bytes())
     data[1000] ^= 1
-    (engine / "unet.onnx.data").write_bytes(data)
+    (engine / "unet.safetensors").write_bytes(data)
     refused(run("generate", "a cat", "--engine", engine, "-q"), "EngineMismatch: ")
     assert os.listdir() == []
 

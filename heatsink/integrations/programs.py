@@ -20,7 +20,14 @@ from heatsink.runtime.graph.graph import Graph
 from heatsink.runtime.graph.passes import run_passes
 from heatsink.runtime.graph.passes.pipeline import PASSES_NATIVE
 from heatsink.runtime.native.component import NativeComponent, Workspace
+from heatsink.runtime.native.phased import PhasedComponent
 from heatsink.runtime.native.shared_weights import SharedWeights
+
+PHASED = frozenset({"unet", "controlnet"})
+"""Kinds of graphs that run in a loop: what the prompt and the times decide is computed once."""
+
+KEEP_BYTES = 1 << 26
+"""What a graph keeps of such values for prompts and times that come again."""
 
 MAX_GRAPHS = 8
 """Captured graphs that a module keeps, one for each set of shapes; the oldest in use goes."""
@@ -51,7 +58,7 @@ class Programs:
         self._original, self._spaces = original, spaces
         self._watch = Watch(original)
         self._graphs: OrderedDict[Any, Graph] = OrderedDict()
-        self._components: dict[Any, NativeComponent] = {}
+        self._components: dict[Any, NativeComponent | PhasedComponent] = {}
         self._weights = SharedWeights(self.device)
         self._guard = threading.RLock()
         self._foreign = _has_peft(original)
@@ -73,7 +80,7 @@ class Programs:
             return list(self._graphs.values())
 
     @property
-    def components(self) -> list[NativeComponent]:
+    def components(self) -> list[NativeComponent | PhasedComponent]:
         """What runs them, where they ran since the module was moved or changed."""
         with self._guard:
             return list(self._components.values())
@@ -139,16 +146,20 @@ class Programs:
             while len(self._graphs) > MAX_GRAPHS:
                 self._components.pop(self._graphs.popitem(last=False)[0], None)
             if key not in self._components:
-                self._components[key] = self._component(self._graphs[key])
+                self._components[key] = self._component(kind, self._graphs[key])
             component = self._components[key]
         return component.run(inputs)
 
     def _capture(self, *given: Any) -> Graph:
         return capture_original(self._original, *given)
 
-    def _component(self, graph: Graph) -> NativeComponent:
-        space = self._spaces.on(self.device)
-        return NativeComponent(graph, device=self.device, workspace=space, weights=self._weights)
+    def _component(self, kind: str, graph: Graph) -> NativeComponent | PhasedComponent:
+        device = self.device
+        given: Any = {"workspace": self._spaces.on(device), "weights": self._weights}
+        # Elsewhere, comparing a step's inputs with the last one's would wait for the device.
+        if kind in PHASED and device.type == "cpu":
+            return PhasedComponent(graph, device=device, keep_bytes=KEEP_BYTES, **given)
+        return NativeComponent(graph, device=device, **given)
 
 
 def _has_peft(module: Any) -> bool:

@@ -19,10 +19,12 @@ from torch import Tensor, fx
 from heatsink.runtime.errors import EngineMismatch, NotBuilt
 from heatsink.runtime.graph.graph import (
     BATCH,
+    INPUT_KEY,
     PATH_KEY,
     WEIGHT_KEY,
     Graph,
     TensorSpec,
+    input_name,
     module_path,
 )
 from heatsink.runtime.graph.symbols import symbolic_inputs
@@ -56,8 +58,7 @@ def graph_to_json(graph: Graph) -> str:
         "outputs": _specs(graph.outputs),
         "weights": {n: [list(w.shape), _short(w.dtype)] for n, w in graph.weights.items()},
         "origins": {
-            name: [[o.parameter, o.slice, o.transform] for o in origins]
-            for name, origins in graph.origins.items()
+            name: [o.as_list() for o in origins] for name, origins in graph.origins.items()
         },
         "nodes": nodes,
     }
@@ -98,7 +99,7 @@ def _node(node: fx.Node, graph: Graph) -> list[Any]:
     if node.op == "placeholder":
         weight = node.meta.get(WEIGHT_KEY)
         kind = "input" if weight is None else "weight"
-        return [node.name, kind, str(node.target) if weight is None else weight]
+        return [node.name, kind, input_name(node) if weight is None else weight]
     try:
         args, kwargs = _encode(node.args), {k: _encode(v) for k, v in node.kwargs.items()}
         if node.op == "output":
@@ -159,8 +160,7 @@ class _Reader:
             self._add(*fields)
         module = fx.GraphModule(torch.nn.Module(), self._fx)
         origins = {
-            name: [Origin(p, _slice(s), t) for p, s, t in parts]
-            for name, parts in value["origins"].items()
+            name: [_origin(*part) for part in parts] for name, parts in value["origins"].items()
         }
         dtype = _dtype(value["dtype"])
         graph = Graph(value["component"], module, held, origins, inputs, outputs, dtype, {})
@@ -175,9 +175,9 @@ class _Reader:
 
     def _add(self, name: str, kind: str, target: Any, *rest: Any) -> None:
         if kind in ("input", "weight"):
-            node = self._fx.placeholder(name if kind == "weight" else target)
-            if kind == "weight":
-                node.meta[WEIGHT_KEY] = target
+            # A placeholder's target must be an identifier, an input's name need not be.
+            node = self._fx.placeholder(name if kind == "weight" else target.replace(".", "_"))
+            node.meta[WEIGHT_KEY if kind == "weight" else INPUT_KEY] = target
         elif kind == "output":
             (result,) = self._decode(target)
             node = self._fx.output(result)
@@ -229,6 +229,11 @@ def _dtype(name: str) -> torch.dtype:
 
 def _slice(value: Any) -> Any:
     return None if value is None else tuple((int(start), int(stop)) for start, stop in value)
+
+
+def _origin(parameter: str, rows: Any, transform: str, at: Any = None) -> Origin:
+    place = None if at is None else (int(at[0]), int(at[1]))
+    return Origin(parameter, _slice(rows), transform, place)
 
 
 def _target(name: str) -> Callable[..., Any]:

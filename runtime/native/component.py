@@ -15,7 +15,7 @@ from heatsink.runtime.graph.passes import run_passes
 from heatsink.runtime.graph.passes.protocol import Pass
 from heatsink.runtime.memory import Plan, plan
 from heatsink.runtime.native.layout import Layout, lay_out
-from heatsink.runtime.native.program import Arena, Program
+from heatsink.runtime.native.program import Arena, Program, check_held
 from heatsink.runtime.native.shared_weights import SharedWeights, made_of
 
 
@@ -53,6 +53,20 @@ class Workspace:
         return self.arena
 
 
+def check_inputs(graph: Graph, inputs: Mapping[str, Tensor]) -> None:
+    """See that inputs are what a graph takes; a float may have another width than its own.
+
+    Raises:
+        InvalidRequest: an input is missing, unknown, of another shape or kind.
+    """
+    graph.check_inputs(inputs)
+    for name, spec in graph.inputs.items():
+        if inputs[name].is_floating_point() != spec.dtype.is_floating_point:
+            raise InvalidRequest(
+                f"{graph.component}: input {name!r} wants {spec.dtype}, got {inputs[name].dtype}"
+            )
+
+
 class NativeComponent:
     """Runs a graph at any batch size; several threads may call it.
 
@@ -71,6 +85,7 @@ class NativeComponent:
         device: torch.device | str = "cpu",
         passes: Sequence[Pass] = (),
         workspace: Workspace | None = None,
+        held: Mapping[str, Tensor] | None = None,
         weights: SharedWeights | None = None,
     ) -> None:
         """Take the graph; nothing is loaded or built yet.
@@ -80,10 +95,15 @@ class NativeComponent:
             device: where it runs.
             passes: run on a copy of the graph first.
             workspace: shared with other components, on the same device; its own by default.
+            held: inputs by name that every program reads where they are, an adapter bank's say;
+                they stay the caller's, who gives no others of these names. Of one with a row for
+                each of the batch a program reads the first rows; it has as many as the largest
+                batch.
             weights: shared with graphs of the same module; its own by default.
 
         Raises:
-            ValueError: the workspace or the weights are on another device.
+            ValueError: the workspace or the weights are on another device, or a held tensor is not
+                what the graph takes.
         """
         self.workspace = workspace or Workspace(device)
         self._weights = weights or SharedWeights(device)
@@ -96,6 +116,8 @@ class NativeComponent:
                     f"{name}: expected one on {torch.device(device)}, got one on {where}"
                 )
         self.graph = run_passes(graph, passes)
+        self._held = dict(held or {})
+        check_held(self.graph, None, self._held, self.workspace.device)
         self._constants: dict[str, Tensor] = {}
         self._plans: dict[int, tuple[Layout, Plan]] = {}
         self._programs: dict[int, Program] = {}
@@ -115,25 +137,43 @@ class NativeComponent:
         """Forget the programs; they are built again when they are next needed."""
         self._programs.clear()
 
-    def reload(self, parameters: Container[str]) -> None:
+    def reload(self, parameters: Container[str]) -> bool:
         """Read the weights that are made of these parameters again before the next run.
 
         Only what they are in is read; the programs are built again, which reads nothing.
 
         Args:
             parameters: names that the graph's origins have. What is computed names none.
+
+        Returns:
+            Whether the graph has weights made of them.
         """
         with self.workspace.lock:
             self._weights.forget(parameters)
-            stale = [
-                name
-                for name, origins in self.graph.origins.items()
-                if name in self._constants and made_of(origins, parameters)
-            ]
+            stale = [n for n, parts in self.graph.origins.items() if made_of(parts, parameters)]
             if stale:
                 self.drop_programs()
             for name in stale:
-                del self._constants[name]
+                self._constants.pop(name, None)
+            return bool(stale)
+
+    @property
+    def held(self) -> Mapping[str, Tensor]:
+        """The inputs that lie in memory of the caller's."""
+        return self._held
+
+    def hold(self, held: Mapping[str, Tensor]) -> None:
+        """Read other held tensors, of the same names, from now on.
+
+        Raises:
+            ValueError: the names differ, or a tensor is not what the graph takes.
+        """
+        if set(held) != set(self._held):
+            raise ValueError(f"held: expected {sorted(self._held)}, got {sorted(held)}")
+        check_held(self.graph, None, held, self.workspace.device)
+        with self.workspace.lock:
+            self.drop_programs()
+            self._held = dict(held)
 
     def program(self, batch: int) -> Program:
         """The program of a batch size; hold `workspace.lock` while you use it."""
@@ -146,6 +186,7 @@ class NativeComponent:
                     self.graph,
                     batch,
                     self._constants,
+                    held=self._held_rows(batch),
                     layout=layout,
                     memory=memory,
                     arena=arena,
@@ -157,8 +198,8 @@ class NativeComponent:
         """Compute the outputs.
 
         Args:
-            inputs: every input by name, of the specified shape; on any device, of any dtype of the
-                same kind (float or integer): they are copied in.
+            inputs: every input by name that is not held, of the specified shape; on any device, of
+                any dtype of the same kind (float or integer): they are copied in.
 
         Returns:
             The outputs by name; they are the caller's own.
@@ -172,19 +213,22 @@ class NativeComponent:
             return {name: value.clone() for name, value in found.items()}
 
     def _rows(self, inputs: Mapping[str, Tensor]) -> int:
-        self.graph.check_inputs(inputs)
+        if twice := sorted(set(inputs) & set(self._held)):
+            raise InvalidRequest(f"{self.graph.component}: the inputs {twice} are held already")
         rows = 1
-        for name, spec in self.graph.inputs.items():
-            value = inputs[name]
-            if value.is_floating_point() != spec.dtype.is_floating_point:
-                raise InvalidRequest(
-                    f"{self.graph.component}: input {name!r} wants {spec.dtype}, got {value.dtype}"
-                )
-            if BATCH in spec.shape:
+        for name, value in inputs.items():
+            spec = self.graph.inputs.get(name)
+            if spec is not None and BATCH in spec.shape and value.dim() == len(spec.shape):
                 rows = value.shape[spec.shape.index(BATCH)]
         if rows < 1:
             raise InvalidRequest(f"{self.graph.component}: expected at least 1 row, got {rows}")
+        check_inputs(self.graph, {**inputs, **self._held_rows(rows)})
         return rows
+
+    def _held_rows(self, batch: int) -> dict[str, Tensor]:
+        """What a program of a batch size reads where it is."""
+        batched = {name for name in self._held if self.graph.inputs[name].shape[:1] == (BATCH,)}
+        return {n: v[:batch] if n in batched else v for n, v in self._held.items()}
 
     def _load(self) -> None:
         for name in self.graph.weights.keys() - self._constants.keys():
@@ -192,6 +236,6 @@ class NativeComponent:
 
     def _planned(self, batch: int) -> tuple[Layout, Plan]:
         if batch not in self._plans:
-            layout = lay_out(self.graph, batch)
+            layout = lay_out(self.graph, batch, self._held)
             self._plans[batch] = layout, plan(layout.lifetimes)
         return self._plans[batch]

@@ -15,11 +15,11 @@ from heatsink.runtime.model import Model
 
 
 @pytest.fixture(scope="session")
-def ported(tiny_sd1: Path, sd1_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def ported(tiny_sd1: Path, sd1_onnx_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny SD1 engine with ports for 3 adapters of rank 4. Don't change it."""
     out = tmp_path_factory.mktemp("ported") / "engine"
-    options = Options(batch=(1, 2, 4), adapters=(3, 4))
-    report = build(tiny_sd1, out, options, reuse=[sd1_folder])
+    options = Options(backend="onnxruntime", batch=(1, 2, 4), adapters=(3, 4))
+    report = build(tiny_sd1, out, options, reuse=[sd1_onnx_folder])
     assert report.reused == ["vae_decoder", "vae_encoder"]
     assert report.notes == []
     return out
@@ -40,9 +40,9 @@ def place(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def old(sd1_folder: Path, place: Path) -> Path:
+def old(sd1_onnx_folder: Path, place: Path) -> Path:
     """An engine that stands where another one is to be built."""
-    return Path(shutil.copytree(sd1_folder, place / "engine"))
+    return Path(shutil.copytree(sd1_onnx_folder, place / "engine"))
 
 
 @pytest.fixture

@@ -60,8 +60,8 @@ def change_weight(path: Path, value: float) -> str:
     return name
 
 
-def test_the_manifest_tells_what_was_built(sd1_folder: Path, tiny_sd1: Path) -> None:
-    manifest = read_manifest(sd1_folder)
+def test_the_manifest_tells_what_was_built(sd1_onnx_folder: Path, tiny_sd1: Path) -> None:
+    manifest = read_manifest(sd1_onnx_folder)
     model = Model.open(tiny_sd1)
     assert list(manifest.components) == PARTS
     assert manifest.source.kind == "sd1"
@@ -70,7 +70,7 @@ def test_the_manifest_tells_what_was_built(sd1_folder: Path, tiny_sd1: Path) -> 
     assert manifest.backend == "onnxruntime"
     for name, part in manifest.components.items():
         assert part.parity.max_abs <= part.parity.allowed
-        origins = json.loads((sd1_folder / part.origins).read_text())
+        origins = json.loads((sd1_onnx_folder / part.origins).read_text())
         # Every parameter of the module is in the file once, with where it came from.
         assert {origin[0] for parts in origins.values() for origin in parts} <= set(
             model.weights(name)
@@ -80,8 +80,8 @@ def test_the_manifest_tells_what_was_built(sd1_folder: Path, tiny_sd1: Path) -> 
     assert [max(known[name].buckets + known[name].refused) for name in PARTS] == [4, 4, 2, 2]
 
 
-def test_sdxl_is_described_too(sdxl_folder: Path) -> None:
-    manifest = read_manifest(sdxl_folder)
+def test_sdxl_is_described_too(sdxl_onnx_folder: Path) -> None:
+    manifest = read_manifest(sdxl_onnx_folder)
     assert list(manifest.components) == ["text_encoder", "text_encoder_2", *PARTS[1:]]
     assert manifest.source.text_encoders == ["text_encoder", "text_encoder_2"]
     assert manifest.source.tokenizers == ["tokenizer", "tokenizer_2"]
@@ -93,7 +93,7 @@ def test_sdxl_is_described_too(sdxl_folder: Path) -> None:
 @pytest.mark.usefixtures("no_building")
 def test_building_again_changes_nothing(tiny_sd1: Path, old: Path) -> None:
     before = contents(old)
-    report = build(tiny_sd1, old, Options(batch=BATCH))
+    report = build(tiny_sd1, old, Options(backend="onnxruntime", batch=BATCH))
     assert report.built == []
     assert report.reused == PARTS
     assert contents(old) == before
@@ -102,15 +102,15 @@ def test_building_again_changes_nothing(tiny_sd1: Path, old: Path) -> None:
 
 
 def test_what_is_damaged_is_built_again_to_the_same_bytes(
-    tiny_sd1: Path, sd1_folder: Path, old: Path
+    tiny_sd1: Path, sd1_onnx_folder: Path, old: Path
 ) -> None:
     path = old / "text_encoder.onnx.data"
     path.write_bytes(path.read_bytes()[:-1] + b"\xff")
-    report = build(tiny_sd1, old, Options(batch=BATCH))
+    report = build(tiny_sd1, old, Options(backend="onnxruntime", batch=BATCH))
     assert report.built == ["text_encoder"]
     assert report.reused == PARTS[1:]
-    assert contents(old) == contents(sd1_folder)
-    assert report.manifest.digest == read_manifest(sd1_folder).digest
+    assert contents(old) == contents(sd1_onnx_folder)
+    assert report.manifest.digest == read_manifest(sd1_onnx_folder).digest
 
 
 @pytest.mark.parametrize(
@@ -124,13 +124,18 @@ def test_what_is_damaged_is_built_again_to_the_same_bytes(
 )
 @pytest.mark.usefixtures("no_building")
 def test_changed_weights_rebuild_their_component_alone(
-    tiny_sd1: Path, copy_model: CopyModel, sd1_folder: Path, place: Path, file: str, built: str
+    tiny_sd1: Path, copy_model: CopyModel, sd1_onnx_folder: Path, place: Path, file: str, built: str
 ) -> None:
     model = copy_model(tiny_sd1)
     change_weight(model / file, 0.25)
     # The order is that of PARTS: what comes before was taken over.
     with pytest.raises(AssertionError, match=f"^{built}$"):
-        build(model, place / "engine", Options(batch=BATCH), reuse=[sd1_folder])
+        build(
+            model,
+            place / "engine",
+            Options(backend="onnxruntime", batch=BATCH),
+            reuse=[sd1_onnx_folder],
+        )
     plans = {
         name: Model.open(model).digest(name) == Model.open(tiny_sd1).digest(name) for name in PARTS
     }
@@ -139,17 +144,22 @@ def test_changed_weights_rebuild_their_component_alone(
 
 
 @pytest.mark.usefixtures("no_building")
-def test_other_options_reuse_nothing(tiny_sd1: Path, sd1_folder: Path, place: Path) -> None:
-    for options in (Options(batch=(1, 2, 3)), Options(batch=BATCH, strict=False)):
+def test_other_options_reuse_nothing(tiny_sd1: Path, sd1_onnx_folder: Path, place: Path) -> None:
+    for options in (
+        Options(backend="onnxruntime", batch=(1, 2, 3)),
+        Options(batch=BATCH, strict=False),
+    ):
         with pytest.raises(AssertionError, match="text_encoder"):
-            build(tiny_sd1, place / "engine", options, reuse=[sd1_folder])
+            build(tiny_sd1, place / "engine", options, reuse=[sd1_onnx_folder])
 
 
 @pytest.mark.usefixtures("no_building")
 def test_a_folder_to_reuse_that_is_no_engine_is_told(
     tiny_sd1: Path, old: Path, tmp_path: Path
 ) -> None:
-    report = build(tiny_sd1, old, Options(batch=BATCH), reuse=[tmp_path / "nothing"])
+    report = build(
+        tiny_sd1, old, Options(backend="onnxruntime", batch=BATCH), reuse=[tmp_path / "nothing"]
+    )
     assert any("nothing is reused from" in note for note in report.notes)
 
 
@@ -161,8 +171,12 @@ def test_a_folder_to_reuse_that_is_no_engine_is_told(
     [
         (Options(backend="tensorrt"), NotBuilt, "'tensorrt' is not built yet"),
         (Options(precision="fp16"), NotBuilt, "'fp16' is not built yet"),
-        (Options(batch=(0, 8, 4)), InvalidRequest, "1 <= min <= opt <= max <= 256, got 0:8:4"),
-        (Options(batch=(1, 8, 257)), InvalidRequest, "got 1:8:257"),
+        (
+            Options(backend="onnxruntime", batch=(0, 8, 4)),
+            InvalidRequest,
+            "1 <= min <= opt <= max <= 256, got 0:8:4",
+        ),
+        (Options(backend="onnxruntime", batch=(1, 8, 257)), InvalidRequest, "got 1:8:257"),
         (Options(size=(63, 64)), InvalidRequest, "height that is a positive multiple of 16.* 63"),
         (Options(size=(64, 72)), InvalidRequest, "width that is a positive multiple of 16.* 72"),
         (Options(size=(0, 64)), InvalidRequest, "height that is a positive multiple of 16.* 0"),
@@ -224,7 +238,7 @@ def test_non_finite_weights_are_named(
 
 
 def test_weights_that_overflow_are_refused(
-    tiny_sd1: Path, copy_model: CopyModel, sd1_folder: Path, place: Path
+    tiny_sd1: Path, copy_model: CopyModel, sd1_onnx_folder: Path, place: Path
 ) -> None:
     model = copy_model(tiny_sd1)
     path = model / "text_encoder" / "model.safetensors"
@@ -233,7 +247,12 @@ def test_weights_that_overflow_are_refused(
     tensors[norm] = torch.full_like(tensors[norm], 3e38)
     save_file(tensors, path, {"format": "pt"})
     with pytest.raises(NonFiniteWeights, match="text_encoder: output 'hidden' is not finite"):
-        build(model, place / "engine", Options(batch=BATCH), reuse=[sd1_folder])
+        build(
+            model,
+            place / "engine",
+            Options(backend="onnxruntime", batch=BATCH),
+            reuse=[sd1_onnx_folder],
+        )
     assert os.listdir(place) == []
 
 
@@ -258,19 +277,19 @@ def adapter(tiny_sd1: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def fused(
-    tiny_sd1: Path, sd1_folder: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory
+    tiny_sd1: Path, sd1_onnx_folder: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Report:
     out = tmp_path_factory.mktemp("fused") / "engine"
-    options = Options(batch=BATCH, fuse=((adapter, FUSE_SCALE),))
-    return build(tiny_sd1, out, options, reuse=[sd1_folder])
+    options = Options(backend="onnxruntime", batch=BATCH, fuse=((adapter, FUSE_SCALE),))
+    return build(tiny_sd1, out, options, reuse=[sd1_onnx_folder])
 
 
 def test_fusing_rebuilds_what_it_changes_and_is_recorded(
-    fused: Report, sd1_folder: Path, adapter: Path
+    fused: Report, sd1_onnx_folder: Path, adapter: Path
 ) -> None:
     assert fused.built == ["unet"]
     assert fused.reused == ["text_encoder", "vae_decoder", "vae_encoder"]
-    plain = read_manifest(sd1_folder)
+    plain = read_manifest(sd1_onnx_folder)
     (entry,) = read_manifest(fused.folder).adapters
     assert (entry.name, entry.scale, entry.keys) == ("brand", FUSE_SCALE, 2)
     assert entry.sha256 == sha256_file(adapter)
@@ -280,13 +299,13 @@ def test_fusing_rebuilds_what_it_changes_and_is_recorded(
 
 
 def test_fused_pictures_are_those_of_diffusers(
-    fused: Report, tiny_sd1: Path, adapter: Path, sd1_engine: Any
+    fused: Report, tiny_sd1: Path, adapter: Path, sd1_onnx_engine: Any
 ) -> None:
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     asked: dict[str, Any] = {"seed": 3, "steps": 4, "guidance": 3.0, "scheduler": "ddim"}
     mine = heatsink.load(fused.folder, threads=1).generate("a red apple", **asked).images[0]
-    plain = sd1_engine.generate("a red apple", **asked).images[0]
+    plain = sd1_onnx_engine.generate("a red apple", **asked).images[0]
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd1)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
@@ -321,5 +340,9 @@ def test_a_bad_adapter_leaves_nothing(
     else:
         path.write_bytes(adapter.read_bytes()[:-1])
     with pytest.raises(CallerError, match=r"bad\.safetensors"):
-        build(tiny_sd1, place / "engine", Options(batch=BATCH, fuse=((path, 1.0),)))
+        build(
+            tiny_sd1,
+            place / "engine",
+            Options(backend="onnxruntime", batch=BATCH, fuse=((path, 1.0),)),
+        )
     assert os.listdir(place) == []

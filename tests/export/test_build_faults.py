@@ -63,30 +63,32 @@ def test_an_engine_with_other_files_is_left_alone(tiny_sd1: Path, old: Path) -> 
     (old / "pictures" / "image-7.png").write_bytes(b"mine")
     before = contents(old)
     with pytest.raises(CallerError, match=r"1 files .*such as pictures/image-7\.png"):
-        build(tiny_sd1, old, Options(batch=BATCH))
+        build(tiny_sd1, old, Options(backend="onnxruntime", batch=BATCH))
     assert contents(old) == before
 
 
 @pytest.mark.usefixtures("no_building")
 def test_a_damaged_engine_and_an_empty_folder_are_replaced(
-    tiny_sd1: Path, sd1_folder: Path, old: Path
+    tiny_sd1: Path, sd1_onnx_folder: Path, old: Path
 ) -> None:
     (old / FILE_NAME).write_text((old / FILE_NAME).read_text()[:-100])
     (old.parent / "empty").mkdir()
     for out in (old, old.parent / "empty", old.parent / "new" / "deep"):
-        report = build(tiny_sd1, out, Options(batch=BATCH), reuse=[sd1_folder])
+        report = build(
+            tiny_sd1, out, Options(backend="onnxruntime", batch=BATCH), reuse=[sd1_onnx_folder]
+        )
         assert report.reused == PARTS
-        assert contents(out) == contents(sd1_folder)
+        assert contents(out) == contents(sd1_onnx_folder)
     assert sorted(os.listdir(old.parent)) == ["empty", "engine", "new"]
 
 
 @pytest.mark.usefixtures("no_building")
-def test_a_link_stays_one(tiny_sd1: Path, sd1_folder: Path, old: Path) -> None:
+def test_a_link_stays_one(tiny_sd1: Path, sd1_onnx_folder: Path, old: Path) -> None:
     link = old.parent / "link"
     link.symlink_to("engine")
-    build(tiny_sd1, link, Options(batch=BATCH))
+    build(tiny_sd1, link, Options(backend="onnxruntime", batch=BATCH))
     assert link.is_symlink()
-    assert contents(old) == contents(sd1_folder)
+    assert contents(old) == contents(sd1_onnx_folder)
     assert sorted(os.listdir(old.parent)) == ["engine", "link"]
 
 
@@ -106,7 +108,7 @@ def test_a_disk_without_room_is_told_before_anything_is_written(
     usage = SimpleNamespace(total=10**9, used=10**9, free=1_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(ResourceError, match=r"has 1 MB free; this engine needs about [0-9]+ MB"):
-        build(tiny_sd1, old, Options(batch=BATCH))
+        build(tiny_sd1, old, Options(backend="onnxruntime", batch=BATCH))
     assert contents(old.parent) == before
 
 
@@ -140,7 +142,7 @@ def test_a_disk_that_fills_up_leaves_the_old_engine(
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "copyfile", failing_copies(after, no_space))
         with pytest.raises(ResourceError, match=r"no space is left for .*engine"):
-            build(tiny_sd1, old, Options(batch=BATCH))
+            build(tiny_sd1, old, Options(backend="onnxruntime", batch=BATCH))
     assert contents(old.parent) == before
 
 
@@ -158,7 +160,7 @@ def test_a_disk_that_fills_up_while_weights_are_written(
     before = contents(old.parent)
     monkeypatch.setattr(onnx_ir, "save", half_a_file)
     with pytest.raises(ResourceError, match="No space left"):
-        build(model, old, Options(batch=BATCH))
+        build(model, old, Options(backend="onnxruntime", batch=BATCH))
     assert contents(old.parent) == before
 
 
@@ -169,7 +171,7 @@ def test_an_interruption_leaves_the_old_engine(
     before = contents(old.parent)
     monkeypatch.setattr(shutil, "copyfile", failing_copies(after, interrupted))
     with pytest.raises(KeyboardInterrupt):
-        build(tiny_sd1, old, Options(batch=BATCH))
+        build(tiny_sd1, old, Options(backend="onnxruntime", batch=BATCH))
     assert contents(old.parent) == before
 
 
@@ -187,14 +189,19 @@ def test_an_interruption_of_the_exchange_leaves_the_old_engine(
 
     monkeypatch.setattr(Path, "rename", renaming)
     with pytest.raises(KeyboardInterrupt):
-        build(tiny_sd1, old, Options(batch=BATCH))
+        build(tiny_sd1, old, Options(backend="onnxruntime", batch=BATCH))
     assert contents(old.parent) == before
 
 
 def test_a_fault_leaves_nothing_where_nothing_was(
-    tiny_sd1: Path, sd1_folder: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_sd1: Path, sd1_onnx_folder: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "copyfile", failing_copies(4, interrupted))
     with pytest.raises(KeyboardInterrupt):
-        build(tiny_sd1, place / "engine", Options(batch=BATCH), reuse=[sd1_folder])
+        build(
+            tiny_sd1,
+            place / "engine",
+            Options(backend="onnxruntime", batch=BATCH),
+            reuse=[sd1_onnx_folder],
+        )
     assert os.listdir(place) == []

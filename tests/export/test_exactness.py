@@ -7,7 +7,15 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import pytest
 
-from heatsink.export.exactness import PROBE_SEED, bucket_sizes, check, measure, probe, row_answers
+from heatsink.export.exactness import (
+    PROBE_SEED,
+    bucket_sizes,
+    check,
+    close_sizes,
+    measure,
+    probe,
+    row_answers,
+)
 from heatsink.export.manifest import KnownAnswer, TensorSpec
 from heatsink.runtime.backends.session import Array
 from heatsink.runtime.errors import EngineMismatch, NumericError
@@ -50,6 +58,16 @@ def test_buckets_are_powers_of_two_and_the_largest(largest: int, sizes: list[int
     assert bucket_sizes(largest) == sizes
 
 
+@pytest.mark.parametrize("largest", [1, 2, 3, 7, 8, 9, 16, 17, 100, 256])
+def test_close_sizes_leave_little_padding(largest: int) -> None:
+    sizes = close_sizes(largest)
+    assert (sizes[0], sizes[-1]) == (1, largest)
+    assert sizes == sorted(set(sizes))
+    for rows in range(1, largest + 1):
+        size = min(size for size in sizes if size >= rows)
+        assert size - rows <= size / 5
+
+
 def test_probe_rows_are_the_same_however_many_there_are() -> None:
     few, many = probe(SPECS, 2, 7), probe(SPECS, 5, 7)
     for name in few:
@@ -75,7 +93,9 @@ def test_probe_values_are_what_the_inputs_are_for() -> None:
 def test_a_row_exact_session_may_run_every_bucket() -> None:
     session = FakeSession()
     progress: list[tuple[int, int]] = []
-    known = measure(session, SPECS, 8, lambda done, total: progress.append((done, total)))
+    known = measure(
+        session, SPECS, bucket_sizes(8), lambda done, total: progress.append((done, total))
+    )
     assert known.buckets == [1, 2, 4, 8]
     assert known.refused == []
     assert known.answers == row_answers({"out": exact(probe(SPECS, 8, PROBE_SEED))})
@@ -89,7 +109,7 @@ def test_the_largest_class_is_chosen() -> None:
     def from_four(batch: int) -> list[int]:
         return list(range(batch)) if batch >= 4 else []
 
-    known = measure(FakeSession(from_four), SPECS, 16)
+    known = measure(FakeSession(from_four), SPECS, bucket_sizes(16))
     assert known.buckets == [4, 8, 16]
     assert known.refused == [1, 2]
     assert len(known.answers) == 16
@@ -99,7 +119,7 @@ def test_of_classes_of_one_size_the_larger_batch_wins() -> None:
     def from_four(batch: int) -> list[int]:
         return list(range(batch)) if batch >= 4 else []
 
-    assert measure(FakeSession(from_four), SPECS, 8).buckets == [4, 8]
+    assert measure(FakeSession(from_four), SPECS, bucket_sizes(8)).buckets == [4, 8]
 
 
 def at_place(bucket: int, place: int) -> Callable[[int], list[int]]:
@@ -109,7 +129,7 @@ def at_place(bucket: int, place: int) -> Callable[[int], list[int]]:
 @pytest.mark.parametrize("bucket", [2, 4, 7])
 def test_a_bucket_with_one_deviating_place_is_refused(bucket: int) -> None:
     for place in range(bucket):
-        known = measure(FakeSession(at_place(bucket, place)), SPECS, 7)
+        known = measure(FakeSession(at_place(bucket, place)), SPECS, bucket_sizes(7))
         assert known.buckets == [size for size in (1, 2, 4, 7) if size != bucket]
         assert known.refused == [bucket]
 
@@ -120,7 +140,7 @@ def test_a_session_whose_rows_depend_on_their_place_is_left_with_one_row() -> No
             out = super().run(inputs)["out"]
             return {"out": out + np.arange(len(out), dtype=np.float32)[:, None, None]}
 
-    assert measure(Places(), SPECS, 4).buckets == [1]
+    assert measure(Places(), SPECS, bucket_sizes(4)).buckets == [1]
 
 
 def test_a_session_that_never_answers_twice_alike_is_refused() -> None:
@@ -130,7 +150,7 @@ def test_a_session_that_never_answers_twice_alike_is_refused() -> None:
             return {"out": out + np.float32(len(self.batches))}
 
     with pytest.raises(EngineMismatch, match=r"fake: no batch size up to 4 .*--fast"):
-        measure(Restless(), SPECS, 4)
+        measure(Restless(), SPECS, bucket_sizes(4))
 
 
 @pytest.mark.parametrize("mix", [lambda x: np.roll(x, 1, axis=0), lambda x: x.mean(axis=0)])
@@ -140,7 +160,7 @@ def test_rows_that_depend_on_their_neighbours_are_refused(mix: Callable[[Array],
             out = super().run(inputs)["out"]
             return {"out": out + mix(out)}
 
-    assert measure(Mixed(), SPECS, 4).buckets == [1]
+    assert measure(Mixed(), SPECS, bucket_sizes(4)).buckets == [1]
 
 
 def test_non_finite_results_are_named() -> None:
@@ -160,7 +180,7 @@ def test_answers_cover_all_outputs() -> None:
 
 
 def test_check_names_component_batch_and_rows() -> None:
-    known = measure(FakeSession(), SPECS, 4)
+    known = measure(FakeSession(), SPECS, bucket_sizes(4))
     for bucket in known.buckets:
         check(FakeSession(), SPECS, known, bucket)
     with pytest.raises(EngineMismatch, match=r"fake: batch 4 .*rows \[2\].*heatsink build"):

@@ -20,9 +20,9 @@ UNET_WEIGHTS = "unet.onnx.data"
 
 
 @pytest.fixture
-def folder(sd1_folder: Path, tmp_path: Path) -> Path:
+def folder(sd1_onnx_folder: Path, tmp_path: Path) -> Path:
     """A copy to damage."""
-    return Path(shutil.copytree(sd1_folder, tmp_path / "engine"))
+    return Path(shutil.copytree(sd1_onnx_folder, tmp_path / "engine"))
 
 
 def flip(path: Path, place: int) -> None:
@@ -47,16 +47,16 @@ def load(folder: Path, **options: Any) -> Any:
     return heatsink.load(folder, threads=1, **options)
 
 
-def test_opens_as_built(sd1_folder: Path) -> None:
+def test_opens_as_built(sd1_onnx_folder: Path) -> None:
     seen: list[tuple[str, int, int]] = []
-    engine = load(sd1_folder, progress=lambda *args: seen.append(args))
+    engine = load(sd1_onnx_folder, progress=lambda *args: seen.append(args))
     names = ["text_encoder", "unet", "vae_decoder", "vae_encoder"]
     opened = [(what, done, total) for what, done, total in seen if what == "opening"]
     assert opened == [("opening", done + 1, 4) for done in range(len(names))]
-    size = sum(artefact.bytes for artefact in read_manifest(sd1_folder).artefacts())
+    size = sum(artefact.bytes for artefact in read_manifest(sd1_onnx_folder).artefacts())
     checked = [(done, total) for what, done, total in seen if what == "checking files"]
     assert checked[-1] == (size, size)
-    manifest = read_manifest(sd1_folder)
+    manifest = read_manifest(sd1_onnx_folder)
     assert engine.spec.digest == manifest.digest
     assert engine.spec.default_size == (64, 64)
     assert engine.spec.vae_factor == 8
@@ -69,11 +69,13 @@ def artefacts() -> list[str]:
     return [part + end for part in parts for end in ends] + ["tokenizer/tokenizer_config.json"]
 
 
-def test_every_file_of_the_folder_is_vouched_for(sd1_folder: Path) -> None:
+def test_every_file_of_the_folder_is_vouched_for(sd1_onnx_folder: Path) -> None:
     files = {
-        path.relative_to(sd1_folder).as_posix() for path in sd1_folder.rglob("*") if path.is_file()
+        path.relative_to(sd1_onnx_folder).as_posix()
+        for path in sd1_onnx_folder.rglob("*")
+        if path.is_file()
     }
-    assert files == {FILE_NAME, *(a.path for a in read_manifest(sd1_folder).artefacts())}
+    assert files == {FILE_NAME, *(a.path for a in read_manifest(sd1_onnx_folder).artefacts())}
     assert files >= set(artefacts())
 
 
@@ -187,9 +189,9 @@ def test_a_graph_that_can_t_be_read_is_refused(folder: Path) -> None:
         load(folder, verify=False)
 
 
-def test_check_files_passes_over_nothing(sd1_folder: Path, tmp_path: Path) -> None:
-    manifest = read_manifest(sd1_folder)
-    check_files(sd1_folder, manifest)
+def test_check_files_passes_over_nothing(sd1_onnx_folder: Path, tmp_path: Path) -> None:
+    manifest = read_manifest(sd1_onnx_folder)
+    check_files(sd1_onnx_folder, manifest)
     for artefact in manifest.artefacts():
         (tmp_path / artefact.path).parent.mkdir(exist_ok=True)
     with pytest.raises(HeatsinkError, match="incomplete"):

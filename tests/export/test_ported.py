@@ -29,7 +29,7 @@ from heatsink.runtime.model import Model
 
 PARTS = ["text_encoder", "unet", "vae_decoder", "vae_encoder"]
 PORTED = ["text_encoder", "unet"]
-OPTIONS = Options(batch=(1, 2, 4), adapters=(3, 4))
+OPTIONS = Options(backend="onnxruntime", batch=(1, 2, 4), adapters=(3, 4))
 
 
 def adapter(targets: Targets, seed: int) -> list[AdapterDelta]:
@@ -88,7 +88,9 @@ class Counting:
 # What is built
 
 
-def test_the_manifest_tells_the_ports(ported: Path, sd1_folder: Path, targets: Targets) -> None:
+def test_the_manifest_tells_the_ports(
+    ported: Path, sd1_onnx_folder: Path, targets: Targets
+) -> None:
     manifest = read_manifest(ported)
     ports = manifest.ports
     assert (ports.adapter_slots, ports.adapter_rank, ports.which) == (3, 4, "all")
@@ -107,7 +109,7 @@ def test_the_manifest_tells_the_ports(ported: Path, sd1_folder: Path, targets: T
     assert ports.table == TABLE in {artefact.path for artefact in manifest.files}
     assert read == targets
     assert sorted(table["unet"].places()) == sorted(targets.shapes["unet"])
-    plain = read_manifest(sd1_folder)
+    plain = read_manifest(sd1_onnx_folder)
     assert manifest.digest != plain.digest
     assert plain.ports.components == {}
 
@@ -139,11 +141,11 @@ def test_building_again_takes_all_over(tiny_sd1: Path, ported: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("options", "built"),
     [
-        (Options(batch=(1, 2, 4)), "text_encoder"),
-        (Options(batch=(1, 2, 4), adapters=(3, 5)), "text_encoder"),
-        (Options(batch=(1, 2, 4), adapters=(2, 4)), "text_encoder"),
+        (Options(backend="onnxruntime", batch=(1, 2, 4)), "text_encoder"),
+        (Options(backend="onnxruntime", batch=(1, 2, 4), adapters=(3, 5)), "text_encoder"),
+        (Options(backend="onnxruntime", batch=(1, 2, 4), adapters=(2, 4)), "text_encoder"),
         # A text encoder has linears only, so its ports are the same.
-        (Options(batch=(1, 2, 4), adapters=(3, 4), ports="linear"), "unet"),
+        (Options(backend="onnxruntime", batch=(1, 2, 4), adapters=(3, 4), ports="linear"), "unet"),
     ],
 )
 @pytest.mark.usefixtures("no_building")

@@ -57,7 +57,7 @@ class FakeSession:
 
 
 def twin(largest: int) -> KnownAnswer:
-    return exactness.measure(FakeSession(), SPECS, largest)
+    return exactness.measure(FakeSession(), SPECS, exactness.bucket_sizes(largest))
 
 
 def measured(spoil: Spoil, largest: int = 8) -> tuple[list[int], KnownAnswer, bool]:

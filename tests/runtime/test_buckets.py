@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from heatsink.runtime.backends.session import Array
-from heatsink.runtime.buckets import alike, plan, run_rows
+from heatsink.runtime.buckets import alike, in_one_run, plan, run_rows
 
 
 class Doubling:
@@ -48,6 +48,18 @@ def test_plan_is_the_best_there_is(rows: int, buckets: list[int]) -> None:
 
 def test_no_rows_need_no_bucket() -> None:
     assert plan(0, [1, 2]) == []
+    assert in_one_run(0, [1, 2]) == []
+
+
+@pytest.mark.parametrize("buckets", [[1, 2, 4], [2, 8], [3], [4, 8]])
+@pytest.mark.parametrize("rows", range(1, 20))
+def test_as_few_runs_as_can_be(rows: int, buckets: list[int]) -> None:
+    chosen = in_one_run(rows, buckets)
+    assert set(chosen) <= set(buckets)
+    assert len(chosen) == -(-rows // max(buckets))
+    assert chosen == sorted(chosen, reverse=True)
+    smaller = [bucket for bucket in buckets if bucket < chosen[-1]]
+    assert sum(chosen) >= rows > sum(chosen[:-1]) + max(smaller, default=0)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4, 5, 11])

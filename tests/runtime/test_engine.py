@@ -71,7 +71,7 @@ def run(engine: Engine, asked: Sequence[Asked]) -> list[str]:
     return [receipt.image for receipt in result.receipts]
 
 
-@pytest.fixture(scope="module", params=["sd1", "sdxl"])
+@pytest.fixture(scope="module", params=["sd1", "sdxl", "sd1_onnx", "sdxl_onnx"])
 def engine(request: pytest.FixtureRequest) -> Engine:
     opened: Engine = request.getfixturevalue(f"{request.param}_engine")
     return opened

@@ -1,10 +1,11 @@
-"""The passes of the native engine, in order and by the names that `heatsink graph show` takes."""
+"""The passes that engines are built with, in order; the native ones by name."""
 
 from __future__ import annotations
 
 from heatsink.runtime.graph.passes.dead_code import remove_dead_code
 from heatsink.runtime.graph.passes.drop_noops import drop_noop_nodes
 from heatsink.runtime.graph.passes.epilogues import fuse_epilogues
+from heatsink.runtime.graph.passes.flat_sums import flatten_sums
 from heatsink.runtime.graph.passes.fold_constants import fold_constants
 from heatsink.runtime.graph.passes.fold_inputs import fold_inputs
 from heatsink.runtime.graph.passes.fold_scale import fold_scales
@@ -19,8 +20,13 @@ from heatsink.runtime.graph.passes.pack_projections import pack_projections
 from heatsink.runtime.graph.passes.protocol import Pass, to_fixpoint
 from heatsink.runtime.graph.passes.residual_tokens import add_residuals_to_tokens
 
+_CLEAN = to_fixpoint(drop_noop_nodes, fold_scales, remove_dead_code)
+PASSES_ONNX: tuple[Pass, ...] = (_CLEAN,)
+# Of a graph with ports and of its twin without: else their rows differ in the last bits.
+PASSES_ONNX_PORTS: tuple[Pass, ...] = (_CLEAN, flatten_sums)
+# By the names that `heatsink graph show` takes.
 NATIVE: dict[str, Pass] = {
-    "clean": to_fixpoint(drop_noop_nodes, fold_scales, remove_dead_code),
+    "clean": _CLEAN,
     "constants": fold_constants,
     "merge_equal": to_fixpoint(merge_equal_nodes, remove_dead_code),
     # Before the products are lowered: it looks for plain linear layers.

@@ -68,13 +68,18 @@ def test_only_weights_of_the_adapter_are_read_again(pair: Pair, file: Path) -> N
     given = {"prompt": "a red apple", "num_inference_steps": 1, "output_type": "latent"}
     fast(**given)
     (component,) = fast.unet._programs.components
-    before = dict(component._constants)
+
+    def constants() -> dict[tuple[Any, str], Tensor]:
+        parts = [*component._parts.values(), component._step]
+        return {(part, name): v for part in parts for name, v in part._constants.items()}
+
+    before = constants()
     pristine = {name: value.clone() for name, value in fast.unet.original.named_parameters()}
     with heatsink.adapters(fast) as adapters:
         adapters.add("noto", str(file))
         adapters.use({"noto": 0.8})
         fast(**given)
-        again = {name for name, value in component._constants.items() if value is not before[name]}
+        again = {name for (part, name), v in constants().items() if v is not before[part, name]}
         touched = {
             name
             for name, value in fast.unet.original.named_parameters()
