@@ -116,6 +116,7 @@ class Programs:
             # What is computed of them may be in a graph under any name.
             self._graphs.clear()
             self._components.clear()
+        self._weights.forget(changed)
         for component in self._components.values():
             component.reload(changed)
 

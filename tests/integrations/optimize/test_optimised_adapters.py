@@ -22,17 +22,11 @@ BOTH = ["unet", "text_encoder"]
 
 
 @pytest.fixture(scope="module")
-def pair(tiny_sd1: Path) -> Pair:
+def pair(make_sd1: Callable[[], Any]) -> Pair:
     """A plain pipeline and an optimised one; every test leaves them without adapters."""
-    import diffusers
-
-    found = []
-    for _ in range(2):
-        pipe = diffusers.StableDiffusionPipeline.from_pretrained(tiny_sd1)
-        pipe.set_progress_bar_config(disable=True)
-        found.append(pipe)
-    heatsink.optimize(found[1], components=BOTH)
-    return found[0], found[1]
+    plain, fast = make_sd1(), make_sd1()
+    heatsink.optimize(fast, components=BOTH)
+    return plain, fast
 
 
 @pytest.fixture
@@ -91,6 +85,24 @@ def test_only_weights_of_the_adapter_are_read_again(pair: Pair, file: Path) -> N
         for name, parts in component.graph.origins.items()
         if touched & {part.parameter for part in parts}
     }
+
+
+def test_a_pipeline_with_merged_adapters_is_optimised(
+    file: Path, make_sd1: Callable[[], Any]
+) -> None:
+    pipe, ids = make_sd1(), torch.arange(32).reshape(2, 16)
+    network = pipe.text_encoder
+    found = []
+    with torch.no_grad(), heatsink.adapters(pipe) as adapters:
+        adapters.add("noto", str(file))
+        adapters.use({"noto": 0.8})
+        heatsink.optimize(pipe, components=["text_encoder"])
+        for choice in ({"noto": 0.8}, {"noto": 0.1}, None):
+            adapters.use(choice)
+            found.append(pipe.text_encoder(ids)[0])
+            assert torch.allclose(found[-1], network(ids)[0], atol=1e-5)
+    assert not torch.allclose(found[0], found[1], atol=1e-4)
+    assert not torch.allclose(found[1], found[2], atol=1e-4)
 
 
 def test_adapters_by_prompt_are_refused(pair: Pair, file: Path) -> None:

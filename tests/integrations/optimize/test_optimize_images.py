@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from heatsink.runtime.graph.phases import Phase
+
 Pair = tuple[Any, Any]
 Same = Callable[..., Tensor]
 Quiet = Callable[[Any], Any]
@@ -27,6 +29,25 @@ def test_a_batch_of_prompts_with_negative_ones(sd1: Pair, same_images: Same) -> 
 def test_several_images_a_prompt(sd1: Pair, same_images: Same) -> None:
     images = same_images(sd1, prompt="a red apple", num_images_per_prompt=3)
     assert len(images) == 3
+
+
+def test_what_prompts_and_times_decide_is_computed_once(sd1: Pair, same_images: Same) -> None:
+    request = {"prompt": ["a blue plum", "a yellow plum"], "num_inference_steps": 2}
+    same_images(sd1, **request)
+    components = sd1[1].unet._programs.components
+    (component,) = [c for c in components if c.graph.inputs["sample"].shape[2:] == (8, 8)]
+    before = component.uses()
+    same_images(sd1, **request)
+    again = component.uses()
+    for phase in (Phase.REQUEST, Phase.SCHEDULE):
+        assert again[phase].rows == before[phase].rows > 0
+        # Keys and values of four attentions, and more of the times.
+        assert again[phase].launches >= 4
+    assert again[Phase.STEP].rows > before[Phase.STEP].rows
+    # The times of another schedule, for prompts that are known.
+    same_images(sd1, **{**request, "num_inference_steps": 5})
+    assert component.uses()[Phase.REQUEST].rows == before[Phase.REQUEST].rows
+    assert component.uses()[Phase.SCHEDULE].rows > before[Phase.SCHEDULE].rows
 
 
 def test_without_guidance(sd1: Pair, same_images: Same) -> None:
