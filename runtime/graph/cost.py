@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from heatsink.runtime.graph.graph import Graph
+from heatsink.runtime.graph.graph import WEIGHT_KEY, Graph
 from heatsink.runtime.graph.passes.edit import argument, operator, traced
 
 # Operators that move nothing: their results are their inputs' memory.
@@ -51,6 +51,23 @@ def costs(graph: Graph, rows: int) -> dict[str, Cost]:
             found[operator(node) or _name(node)] += _cost(node, sizes)
     order = sorted(found, key=lambda name: (-found[name].flops, -found[name].bytes, name))
     return {name: found[name] for name in order}
+
+
+def launches(graph: Graph) -> int:
+    """Operations that are run: those that are no view, no size and no constant."""
+    fixed: set[fx.Node] = set()
+    count = 0
+    for node in graph.nodes:
+        if node.op == "placeholder" and WEIGHT_KEY in node.meta:
+            fixed.add(node)
+        if node.op != "call_function":
+            continue
+        sources = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+        if all(source in fixed for source in sources):
+            fixed.add(node)
+        elif operator(node) and operator(node) not in VIEWS:
+            count += 1
+    return count
 
 
 def total(by_operator: dict[str, Cost]) -> Cost:
