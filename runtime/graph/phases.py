@@ -27,7 +27,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from heatsink.runtime.graph.graph import BATCH, PATH_KEY, WEIGHT_KEY, Graph, TensorSpec
+from heatsink.runtime.graph.graph import (
+    BATCH,
+    INPUT_KEY,
+    PATH_KEY,
+    WEIGHT_KEY,
+    Graph,
+    TensorSpec,
+    input_name,
+)
 from heatsink.runtime.graph.passes.dead_code import remove_dead_code
 from heatsink.runtime.port_layout import SCALES_INPUT, SLOTS_INPUT
 
@@ -107,7 +115,7 @@ def _node_phases(graph: Graph) -> dict[fx.Node, Phase | None]:
     for node in graph.nodes:
         if node.op == "placeholder":
             known = WEIGHT_KEY in node.meta
-            phases[node] = None if known else phase_of_input(str(node.target))
+            phases[node] = None if known else phase_of_input(input_name(node))
         elif node.op == "call_function":
             phases[node] = _join(
                 {phases[source] for source in node.all_input_nodes if _is_data(source)}
@@ -203,7 +211,7 @@ def _extract(
             handed[name] = home
             inputs[name] = _spec(node)
         elif node.op == "placeholder" and WEIGHT_KEY not in node.meta:
-            name = str(node.target)
+            name = input_name(node)
             made[node] = _placeholder(module, node, name)
             inputs[name] = graph.inputs[name]
         else:
@@ -248,8 +256,10 @@ def _needed(
 
 
 def _placeholder(module: fx.Graph, node: fx.Node, name: str) -> fx.Node:
-    new = module.placeholder(name)
+    # Its own name must be an identifier.
+    new = module.placeholder(name.replace(".", "_"))
     new.meta = {k: v for k, v in copy.copy(node.meta).items() if k not in (PATH_KEY, WEIGHT_KEY)}
+    new.meta[INPUT_KEY] = name
     return new
 
 
@@ -268,7 +278,7 @@ def _own_batch(graph: Graph) -> None:
         (
             n
             for n, others in users.items()
-            if others and graph.inputs[str(n.target)].shape[0] == BATCH
+            if others and graph.inputs[input_name(n)].shape[0] == BATCH
         ),
         None,
     )
@@ -290,7 +300,7 @@ def _drop_unused(graph: Graph) -> None:
     remove_dead_code(graph)
     for node in graph.input_nodes():
         if not node.users:
-            del graph.inputs[str(node.target)]
+            del graph.inputs[input_name(node)]
             graph.module.graph.erase_node(node)
     held = set(graph.weight_nodes())
     for name in set(graph.weights) - held:

@@ -19,10 +19,12 @@ from torch import Tensor, fx
 from heatsink.runtime.errors import EngineMismatch, NotBuilt
 from heatsink.runtime.graph.graph import (
     BATCH,
+    INPUT_KEY,
     PATH_KEY,
     WEIGHT_KEY,
     Graph,
     TensorSpec,
+    input_name,
     module_path,
 )
 from heatsink.runtime.graph.symbols import symbolic_inputs
@@ -97,7 +99,7 @@ def _node(node: fx.Node, graph: Graph) -> list[Any]:
     if node.op == "placeholder":
         weight = node.meta.get(WEIGHT_KEY)
         kind = "input" if weight is None else "weight"
-        return [node.name, kind, str(node.target) if weight is None else weight]
+        return [node.name, kind, input_name(node) if weight is None else weight]
     try:
         args, kwargs = _encode(node.args), {k: _encode(v) for k, v in node.kwargs.items()}
         if node.op == "output":
@@ -173,9 +175,9 @@ class _Reader:
 
     def _add(self, name: str, kind: str, target: Any, *rest: Any) -> None:
         if kind in ("input", "weight"):
-            node = self._fx.placeholder(name if kind == "weight" else target)
-            if kind == "weight":
-                node.meta[WEIGHT_KEY] = target
+            # A placeholder's target must be an identifier, an input's name need not be.
+            node = self._fx.placeholder(name if kind == "weight" else target.replace(".", "_"))
+            node.meta[WEIGHT_KEY if kind == "weight" else INPUT_KEY] = target
         elif kind == "output":
             (result,) = self._decode(target)
             node = self._fx.output(result)

@@ -17,7 +17,7 @@ from torch.fx.experimental.symbolic_shapes import (
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils._sympy.value_ranges import ValueRanges
 
-from heatsink.runtime.graph.graph import BATCH, WEIGHT_KEY, Graph
+from heatsink.runtime.graph.graph import BATCH, WEIGHT_KEY, Graph, input_name
 
 MAX_BATCH = 4096
 # The batch's value while sizes are worked out; one that is no size of anything else.
@@ -40,7 +40,7 @@ def symbolic_inputs(graph: Graph) -> Mapping[Any, Any]:
             weight = graph.weights[node.meta[WEIGHT_KEY]]
             values.append(_fake(mode, weight.shape, weight.dtype))
         else:
-            spec = graph.inputs[str(node.target)]
+            spec = graph.inputs[input_name(node)]
             values.append(_fake(mode, spec.shape, spec.dtype))
     # Without it some operators' own C++ shape functions would fix the symbol to its hint.
     with enable_python_dispatcher():

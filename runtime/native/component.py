@@ -15,7 +15,7 @@ from heatsink.runtime.graph.passes import run_passes
 from heatsink.runtime.graph.passes.protocol import Pass
 from heatsink.runtime.memory import Plan, plan
 from heatsink.runtime.native.layout import Layout, lay_out
-from heatsink.runtime.native.program import Arena, Program
+from heatsink.runtime.native.program import Arena, Program, check_held
 
 
 class Workspace:
@@ -70,6 +70,7 @@ class NativeComponent:
         device: torch.device | str = "cpu",
         passes: Sequence[Pass] = (),
         workspace: Workspace | None = None,
+        held: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Take the graph; nothing is loaded or built yet.
 
@@ -78,9 +79,12 @@ class NativeComponent:
             device: where it runs.
             passes: run on a copy of the graph first.
             workspace: shared with other components, on the same device; its own by default.
+            held: inputs by name that every program reads where they are, an adapter bank's say;
+                they stay the caller's, who gives no others of these names.
 
         Raises:
-            ValueError: the workspace is on another device.
+            ValueError: the workspace is on another device, or a held tensor is not what the graph
+                takes.
         """
         self.workspace = workspace or Workspace(device)
         if self.workspace.device != torch.device(device):
@@ -89,6 +93,8 @@ class NativeComponent:
                 f"got one on {self.workspace.device}"
             )
         self.graph = run_passes(graph, passes)
+        self._held = dict(held or {})
+        check_held(self.graph, None, self._held, self.workspace.device)
         self._constants: dict[str, Tensor] = {}
         self._plans: dict[int, tuple[Layout, Plan]] = {}
         self._programs: dict[int, Program] = {}
@@ -120,6 +126,7 @@ class NativeComponent:
                     self.graph,
                     batch,
                     self._constants,
+                    held=self._held,
                     layout=layout,
                     memory=memory,
                     arena=arena,
@@ -131,8 +138,8 @@ class NativeComponent:
         """Compute the outputs.
 
         Args:
-            inputs: every input by name, of the specified shape; on any device, of any dtype of the
-                same kind (float or integer): they are copied in.
+            inputs: every input by name that is not held, of the specified shape; on any device, of
+                any dtype of the same kind (float or integer): they are copied in.
 
         Returns:
             The outputs by name; they are the caller's own.
@@ -146,10 +153,13 @@ class NativeComponent:
             return {name: value.clone() for name, value in found.items()}
 
     def _rows(self, inputs: Mapping[str, Tensor]) -> int:
-        self.graph.check_inputs(inputs)
+        if twice := sorted(set(inputs) & set(self._held)):
+            raise InvalidRequest(f"{self.graph.component}: the inputs {twice} are held already")
+        given = {**inputs, **self._held}
+        self.graph.check_inputs(given)
         rows = 1
         for name, spec in self.graph.inputs.items():
-            value = inputs[name]
+            value = given[name]
             if value.is_floating_point() != spec.dtype.is_floating_point:
                 raise InvalidRequest(
                     f"{self.graph.component}: input {name!r} wants {spec.dtype}, got {value.dtype}"
@@ -170,6 +180,6 @@ class NativeComponent:
 
     def _planned(self, batch: int) -> tuple[Layout, Plan]:
         if batch not in self._plans:
-            layout = lay_out(self.graph, batch)
+            layout = lay_out(self.graph, batch, self._held)
             self._plans[batch] = layout, plan(layout.lifetimes)
         return self._plans[batch]

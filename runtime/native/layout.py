@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from heatsink.runtime.graph.graph import BATCH, WEIGHT_KEY, Graph
+from heatsink.runtime.graph.graph import BATCH, WEIGHT_KEY, Graph, input_name
 from heatsink.runtime.memory import Lifetime
 
 _ITEM = "{}:{}"
@@ -26,12 +26,15 @@ class Layout:
         roots: for a tensor's `(node, place)`, the one whose memory it lies in; place 0 for a node
             that gives one tensor.
         constant: nodes that depend on weights and literals alone.
-        lifetimes: of the roots that the program must hold, constants and weights left out.
+        held: inputs that lie in memory of the caller's.
+        lifetimes: of the roots that the program must hold; constants, weights and what is held are
+            left out.
     """
 
     values: dict[fx.Node, Any] = field(default_factory=dict)
     roots: dict[tuple[fx.Node, int], tuple[fx.Node, int]] = field(default_factory=dict)
     constant: set[fx.Node] = field(default_factory=set)
+    held: set[fx.Node] = field(default_factory=set)
     lifetimes: list[Lifetime] = field(default_factory=list)
 
 
@@ -57,11 +60,18 @@ def span(value: Tensor) -> int:
     return 1 + sum((size - 1) * step for size, step in pairs)
 
 
-def lay_out(graph: Graph, batch: int) -> Layout:
-    """Work out shapes, sharing and lifetimes for one batch size; reads no weight."""
+def lay_out(graph: Graph, batch: int, held: Collection[str] = ()) -> Layout:
+    """Work out shapes, sharing and lifetimes for one batch size; reads no weight.
+
+    Args:
+        graph: valid.
+        batch: rows.
+        held: inputs that lie in memory of the caller's, and so have no place in the plan.
+    """
     layout = Layout()
     _Shapes(graph, batch, layout).run_all()
     nodes = list(graph.nodes)
+    layout.held = {node for node in graph.input_nodes() if input_name(node) in held}
     _find_roots(nodes, layout)
     _find_constants(nodes, layout)
     layout.lifetimes = _lifetimes(nodes, layout)
@@ -92,7 +102,7 @@ class _Shapes(fx.Interpreter):
                 continue
             held = node.meta.get(WEIGHT_KEY)
             spec: Any = (
-                self._captured.inputs[str(node.target)]
+                self._captured.inputs[input_name(node)]
                 if held is None
                 else self._captured.weights[held]
             )
@@ -151,13 +161,13 @@ def _lifetimes(nodes: Sequence[fx.Node], layout: Layout) -> list[Lifetime]:
         for source in read:
             for place in range(len(tensors(layout.values[source]))):
                 root = layout.roots[source, place]
-                if root[0] not in layout.constant:
+                if root[0] not in layout.constant | layout.held:
                     last[root] = max(last[root], step)
         if node.op == "output" or node in layout.constant:
             continue
         for place, value in enumerate(tensors(layout.values[node])):
             root = layout.roots[node, place]
-            if root[0] in layout.constant:
+            if root[0] in layout.constant | layout.held:
                 continue
             # Inputs are written before the first step, and stay for the next replay.
             given = node.op == "placeholder"

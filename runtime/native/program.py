@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from heatsink.runtime.graph.graph import WEIGHT_KEY, Graph, module_path
+from heatsink.runtime.graph.graph import BATCH, WEIGHT_KEY, Graph, input_name, module_path
 from heatsink.runtime.memory import Plan, plan
 from heatsink.runtime.native.calls import Calls
 from heatsink.runtime.native.layout import Layout, lay_out, name_of, tensors
@@ -29,11 +29,39 @@ class Arena:
         return typed.as_strided(like.shape, like.stride(), typed.storage_offset())
 
 
+def check_held(
+    graph: Graph, batch: int | None, held: Mapping[str, Tensor], device: torch.device
+) -> None:
+    """See that held tensors are inputs of the graph as it takes them.
+
+    Args:
+        graph: valid.
+        batch: rows; None where any number will do.
+        held: by input.
+        device: where the graph runs.
+
+    Raises:
+        ValueError: naming the tensor, what was expected and what came.
+    """
+    for name, value in held.items():
+        spec = graph.inputs.get(name)
+        if spec is None:
+            raise ValueError(f"held: {graph.component} takes no {name!r}, but {list(graph.inputs)}")
+        rows: Any = value.shape[0] if batch is None and value.dim() else batch
+        shape = tuple(rows if size == BATCH else size for size in spec.shape)
+        found = (tuple(value.shape), value.dtype, value.device.type)
+        if found != (shape, spec.dtype, device.type):
+            raise ValueError(
+                f"held: expected {name!r} {shape} {spec.dtype} on {device}, got {found[0]} "
+                f"{value.dtype} on {value.device}"
+            )
+
+
 class Program:
     """One batch size of a component: write `inputs`, `replay`, read `outputs`.
 
     Attributes:
-        inputs: static tensors by name; a replay leaves them as they are.
+        inputs: static tensors by name, the held ones too; a replay leaves them as they are.
         outputs: static tensors by name; the next replay of any program of the arena overwrites
             them.
         memory: the plan of the arena.
@@ -46,6 +74,7 @@ class Program:
         batch: int,
         constants: Mapping[str, Tensor],
         *,
+        held: Mapping[str, Tensor] | None = None,
         layout: Layout | None = None,
         memory: Plan | None = None,
         arena: Arena | None = None,
@@ -57,13 +86,20 @@ class Program:
             graph: valid; it is not changed.
             batch: rows.
             constants: the graph's weights by name, on the device.
-            layout: as `lay_out` gives it.
+            held: inputs by name that are read where they are at every replay: memory of the
+                caller's, of the specified shape and dtype, on the device, that stays there.
+            layout: as `lay_out` gives it, for these held inputs.
             memory: the plan of the layout's lifetimes.
             arena: of at least the plan's peak; one of its own by default.
             device: where it runs.
+
+        Raises:
+            ValueError: a held tensor is not what the graph takes.
         """
         self._device = device or torch.device("cpu")
-        self._layout = layout or lay_out(graph, batch)
+        self._held = dict(held or {})
+        check_held(graph, batch, self._held, self._device)
+        self._layout = layout or lay_out(graph, batch, self._held)
         self.memory = memory or plan(self._layout.lifetimes)
         self._arena = arena or Arena(self.memory.peak, self._device)
         self.batch = batch
@@ -91,7 +127,11 @@ class Program:
         return self._calls.recorded
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copy the inputs in, replay, and return the outputs' static tensors."""
+        """Copy the inputs in, replay, and return the outputs' static tensors.
+
+        Args:
+            inputs: those that are not held, and of the held ones none.
+        """
         with torch.inference_mode():
             for name, value in inputs.items():
                 self.inputs[name].copy_(value)
@@ -111,12 +151,14 @@ class Program:
         if node.op == "output":
             return
         if node.op == "placeholder":
-            name = node.meta.get(WEIGHT_KEY)
-            if name is not None:
-                self._values[node] = constants[name]
-            else:
-                self._values[node] = self._place(node, 0)
-                self.inputs[str(node.target)] = self._values[node]
+            weight = node.meta.get(WEIGHT_KEY)
+            if weight is not None:
+                self._values[node] = constants[weight]
+                return
+            name = input_name(node)
+            given = self._held.get(name)
+            self._values[node] = self._place(node, 0) if given is None else given
+            self.inputs[name] = self._values[node]
             return
         target: Any = node.target
         args: Any = fx.node.map_aggregate(node.args, self._value)

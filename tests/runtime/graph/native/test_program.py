@@ -206,3 +206,28 @@ def test_of_the_bundled_model_only_what_passes_replace_is_unplanned(name: str) -
     assert {operator for operator, _ in program.unplanned} <= UNFUSED
     if name == "unet":
         assert {operator for operator, _ in program.unplanned} == UNFUSED
+
+
+def test_what_is_held_is_read_where_it_is(graph: Graph) -> None:
+    held = torch.rand(2)
+    program = Program(graph, 2, _weights(graph), held={"t": held})
+    assert program.inputs["t"].data_ptr() == held.data_ptr()
+    planned = {each.name for each in lay_out(graph, 2, ["t"]).lifetimes}
+    assert {each.name for each in lay_out(graph, 2).lifetimes} - planned == {"t:0"}
+    for seed in range(2):
+        given = _inputs(2, seed)
+        held.copy_(given["t"])
+        found = program.run({"x": given["x"]})
+        for name, value in graph.run(given).items():
+            assert torch.equal(found[name], value)
+        assert torch.equal(held, given["t"])
+
+
+def test_what_is_held_must_be_an_input_of_the_graph(graph: Graph) -> None:
+    for held, told in (
+        ({"u": torch.rand(2)}, "takes no 'u'"),
+        ({"t": torch.rand(3)}, r"expected 't' \(2,\) torch.float32 on cpu, got \(3,\)"),
+        ({"t": torch.rand(2).double()}, "got .* torch.float64"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            Program(graph, 2, _weights(graph), held=held)
