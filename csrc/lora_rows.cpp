@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "instructions.h"
+#include "recorder.h"
 #include "scratch.h"
 
 namespace {
@@ -41,7 +42,7 @@ Element element_of(const Tensor& x) {
     case ScalarType::BFloat16:
       return Element::BFloat16;
     default:
-      STD_TORCH_CHECK(false, "y: expected float16, bfloat16 or float32");
+      STD_TORCH_CHECK(false, "expected float16, bfloat16 or float32");
   }
 }
 
@@ -155,6 +156,8 @@ struct Table {
 };
 
 void describe_bank(const Tensor& a, const Tensor& b, LoraRows& call) {
+  STD_TORCH_CHECK(a.scalar_type() == b.scalar_type(), "b: expected a's dtype");
+  call.bank = element_of(a);
   call.a = static_cast<const char*>(a.const_data_ptr());
   call.b = static_cast<const char*>(b.const_data_ptr());
   call.a_slot = a.stride(0);
@@ -243,7 +246,7 @@ void run(LoraRows& call, Table& table, bool turned) {
 }
 
 // y: (R, ..., out) and x: (R, ..., in), or (R, out, H', W') and (R, in, H, W); a: (S, rank, in) or
-// (S, rank, in, kh, kw); b: (S, rank, out). Changes y.
+// (S, rank, in, kh, kw); b: (S, rank, out), of any float dtype both. Changes y.
 void lora_rows(Tensor y, Tensor x, Tensor a, Tensor b, Tensor slots, Tensor scales,
                std::optional<Tensor> ranks, int64_t stride_h, int64_t stride_w, int64_t pad_h,
                int64_t pad_w, int64_t dilation_h, int64_t dilation_w) {
@@ -294,4 +297,4 @@ void lora_rows(Tensor y, Tensor x, Tensor a, Tensor b, Tensor slots, Tensor scal
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(heatsink, CPU, m) { m.impl("lora_rows", TORCH_BOX(&lora_rows)); }
+STABLE_TORCH_LIBRARY_IMPL(heatsink, CPU, m) { m.impl("lora_rows", HEATSINK_RECORDABLE(lora_rows)); }

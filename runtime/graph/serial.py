@@ -27,6 +27,7 @@ from heatsink.runtime.graph.graph import (
     input_name,
     module_path,
 )
+import heatsink.runtime.graph.row_port_op  # noqa: F401 - a graph may name its ops
 from heatsink.runtime.graph.symbols import symbolic_inputs
 from heatsink.runtime.graph.weight import Origin, Weight
 
