@@ -102,7 +102,7 @@ def _weighted(node: fx.Node, sizes: _Sizes) -> int:
     assert out is not None
     channels = sizes.shape(weight)
     places = math.prod(sizes.shape(out))
-    if operator(node) == "heatsink.linear" and argument(node, "activation") == "geglu":
+    if argument(node, "activation") == "geglu":
         places *= 2
     return 2 * places * math.prod(channels[1:])
 
@@ -129,6 +129,7 @@ _FLOPS: dict[str, Callable[[fx.Node, _Sizes], int]] = {
     "aten.conv2d": _weighted,
     "aten.conv3d": _weighted,
     "heatsink.linear": _weighted,
+    "heatsink.port_linear": _weighted,
     "heatsink.conv2d": _weighted,
     "aten.scaled_dot_product_attention": _attention,
     "heatsink.attention": _attention,

@@ -7,11 +7,12 @@
 over the i whose slot is not negative; a row without any is returned as it is, bit by bit. A and B
 are rows of the bank's tensors (`heatsink.runtime.port_layout`), of which the first `ranks` count.
 
-`heatsink::port_start` is what terms are added to where a product takes their sum before its
-activation: -0.0 everywhere, the one number that changes no other when it is added.
+`heatsink::port_linear` is a linear layer whose port comes before its activation:
+
+    act(x W^T + bias + sample_add + terms) + residual
 
 Here are their definitions in PyTorch, for parity in any dtype. A planned program calls
-`kernels/lora_rows.py`, in place (`heatsink.runtime.native.outs`).
+`kernels/lora_rows.py`, in place, and `kernels/lora_linear.py` (`heatsink.runtime.native.outs`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from heatsink.runtime.graph.plain import finish
+
 torch.library.define(
     "heatsink::row_port",
     "(Tensor y, Tensor x, Tensor slots, Tensor scales, Tensor a, Tensor b, Tensor ranks, "
@@ -29,7 +32,10 @@ torch.library.define(
     "int first, int part, int part_rows, int channel) -> Tensor",
 )
 torch.library.define(
-    "heatsink::port_start", "(Tensor x, int outputs, Tensor? sample_add) -> Tensor"
+    "heatsink::port_linear",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? sample_add, "
+    "str activation, Tensor slots, Tensor scales, Tensor a, Tensor b, Tensor ranks, "
+    "int port, int bank_slots) -> Tensor",
 )
 
 
@@ -99,34 +105,56 @@ def _row_port(
     return result
 
 
-@torch.library.impl("heatsink::port_start", "default")
-def _port_start(x: Tensor, outputs: int, sample_add: Tensor | None) -> Tensor:
-    """What terms are added to.
+@torch.library.impl("heatsink::port_linear", "default")
+def _port_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    sample_add: Tensor | None,
+    activation: str,
+    slots: Tensor,
+    scales: Tensor,
+    a: Tensor,
+    b: Tensor,
+    ranks: Tensor,
+    port: int,
+    bank_slots: int,
+) -> Tensor:
+    """A linear layer with a port before its activation.
 
     Args:
-        x: `(batch, ..., in)` of a linear layer.
-        outputs: of its result.
-        sample_add: `(batch, outputs)`: what every token of a sample begins with.
-
-    Returns:
-        `(batch, ..., outputs)` of x's dtype.
+        x: `(batch, ..., in)`.
+        weight: `(out, in)`; with geglu, values and then gates.
+        bias: `(out,)`.
+        residual: of the result's shape.
+        sample_add: `(batch, out)`.
+        activation: as `heatsink::linear` takes it.
+        slots: `(batch, n)`, as the rest as in `row_port`; the port has all of the weight's rows.
+        scales: `(batch, n)`.
+        a: `(ports * bank_slots, rank, in)`.
+        b: `(ports * bank_slots, rank, out)`.
+        ranks: int32 `(ports * bank_slots,)`.
+        port: which port's rows of them.
+        bank_slots: slots of the bank.
     """
-    start = x.new_full((*x.shape[:-1], outputs), -0.0)
-    if sample_add is not None:
-        start.copy_(over_tokens(sample_add, start.dim()))
-    return start
+    given_dtype, dtype = x.dtype, torch.promote_types(x.dtype, torch.float32)
+    x, weight = x.to(dtype), weight.to(dtype)
+    y = F.linear(x, weight, None if bias is None else bias.to(dtype))
+    given = (y, x, slots, scales, a, b, ranks, port, bank_slots, [], [], [], [])
+    y = torch.ops.heatsink.row_port(*given, 0, 0, weight.shape[0], 0)
+    added = None if sample_add is None else sample_add.to(dtype)
+    kept = None if residual is None else residual.to(dtype)
+    return finish(y, added, activation, kept).to(given_dtype)
 
 
-def over_tokens(sample_add: Tensor, dim: int) -> Tensor:
-    """`(batch, outputs)` as a view of `dim` dimensions that the tokens between share."""
-    return sample_add.view(sample_add.shape[0], *(1,) * (dim - 2), sample_add.shape[1])
+def _port_linear_fake(x: Tensor, weight: Tensor, *rest: object) -> Tensor:
+    columns = weight.shape[0] // 2 if rest[3] == "geglu" else weight.shape[0]
+    return x.new_empty((*x.shape[:-1], columns))
 
 
 torch.library.register_fake("heatsink::row_port", lambda y, *rest: torch.empty_like(y))
-torch.library.register_fake(
-    "heatsink::port_start",
-    lambda x, outputs, sample_add: x.new_empty((*x.shape[:-1], outputs)),
-)
+torch.library.register_fake("heatsink::port_linear", _port_linear_fake)
 
 ROW_PORT = torch.ops.heatsink.row_port.default
-PORT_START = torch.ops.heatsink.port_start.default
+PORT_LINEAR = torch.ops.heatsink.port_linear.default

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+import heatsink.runtime.graph.row_port_op  # noqa: F401 - a graph may name its ops
 from heatsink.runtime.errors import EngineMismatch, NotBuilt
 from heatsink.runtime.graph.graph import (
     BATCH,
@@ -27,7 +28,6 @@ from heatsink.runtime.graph.graph import (
     input_name,
     module_path,
 )
-import heatsink.runtime.graph.row_port_op  # noqa: F401 - a graph may name its ops
 from heatsink.runtime.graph.symbols import symbolic_inputs
 from heatsink.runtime.graph.weight import Origin, Weight
 

@@ -148,7 +148,7 @@ def _find_roots(nodes: Sequence[fx.Node], layout: Layout) -> None:
 
 
 def _may_change(node: fx.Node, value: Tensor, layout: Layout) -> bool:
-    """Whether a node's result can lie in its first argument, which is read here for the last time."""
+    """Whether a node's result can lie in its first argument, which nothing reads later."""
     if str(node.target) not in _IN_PLACE:
         return False
     given: Any = node.args[0]

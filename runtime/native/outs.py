@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 import heatsink.kernels
-from heatsink.runtime.graph.row_port_op import PORT_START, ROW_PORT, over_tokens
+from heatsink.runtime.graph.row_port_op import PORT_LINEAR, ROW_PORT
 
 Step = Callable[[], Any]
 MakeStep = Callable[[tuple[Any, ...], Mapping[str, Any], Tensor], Step | None]
@@ -190,11 +190,17 @@ def _row_port(args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Tensor) -> 
     return copy_and_add
 
 
-def _port_start(args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Tensor) -> Step:
-    _, _, sample_add = args
-    if sample_add is None:
-        return partial(out.fill_, -0.0)
-    return partial(out.copy_, over_tokens(sample_add, out.dim()))
+def _port_linear(args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Tensor) -> Step | None:
+    """As `_linear`, with the port's rows of the bank."""
+    x, weight, *rest, port, count = _positional(PORT_LINEAR, args, kwargs)
+    if x.dtype not in _PRODUCTS or x.device.type != "cpu":
+        return None
+    bias, residual, sample_add, activation, slots, scales, *bank = rest
+    rows = slice(port * count, (port + 1) * count)
+    a, b, ranks = (tensor[rows] for tensor in bank)
+    into: Any = torch.ops.heatsink.lora_linear_packed.default
+    product = (x, _packed(weight, activation), bias, residual, sample_add, activation)
+    return partial(into, *product, a, b, slots, scales, ranks, _NO_SCRATCH, out)
 
 
 OUTS: dict[Any, MakeStep] = {
@@ -204,7 +210,7 @@ OUTS: dict[Any, MakeStep] = {
     torch.ops.heatsink.linear.default: _linear,
     torch.ops.heatsink.conv2d.default: _conv2d,
     ROW_PORT: _row_port,
-    PORT_START: _port_start,
+    PORT_LINEAR: _port_linear,
     aten.contiguous.default: _copy,
     aten.clone.default: _copy,
     aten.to.dtype: _copy,

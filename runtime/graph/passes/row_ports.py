@@ -10,8 +10,8 @@ Rules:
 1. A linear layer or convolution without an activation is followed by a port
    (`heatsink.runtime.graph.row_port_op`): terms are added to what it gives, bias, residual and all.
    Which rows of a packed weight are whose, its origins say (`port_places`).
-2. A linear layer with an activation takes the terms' sum as a `sample_add` of every token, before
-   its activation. The sum begins with -0.0, which changes no number that it is added to.
+2. A linear layer with an activation becomes `heatsink::port_linear`, whose terms come before the
+   activation; its weight must be one module's.
 3. A convolution of two images has a port for each, with the channels of A that are its own; one of
    an image that it upsamples itself has a port that reads the upsampled image.
 4. The new inputs are `adapter_slots` int64 and `adapter_scales` float32 `(batch, room)`, -1 where a
@@ -28,18 +28,17 @@ import torch
 from torch import Tensor, fx
 
 from heatsink.runtime.errors import NotBuilt
-from heatsink.runtime.graph.graph import BATCH, Graph, TensorSpec
+from heatsink.runtime.graph.graph import BATCH, WEIGHT_KEY, Graph, TensorSpec
 from heatsink.runtime.graph.passes.edit import argument, operator, traced
 from heatsink.runtime.graph.passes.port_places import CONVOLUTIONS, Block, Place, find_places
 from heatsink.runtime.graph.passes.ports import check_place, pair, placeholder
 from heatsink.runtime.graph.passes.protocol import Pass
 from heatsink.runtime.graph.passes.trace import fake_mode, insert, replace
-from heatsink.runtime.graph.row_port_op import PORT_START, ROW_PORT
+from heatsink.runtime.graph.row_port_op import PORT_LINEAR, ROW_PORT
 from heatsink.runtime.port_layout import SCALES_INPUT, SLOTS_INPUT, PortLayout
 
 ROOM = 4
 _OPERATORS = ("aten.linear", "aten.conv2d", "heatsink.linear", "heatsink.conv2d")
-_RESHAPE = torch.ops.aten.reshape.default
 _UPSAMPLE = torch.ops.aten.upsample_nearest2d.vec
 
 
@@ -64,7 +63,7 @@ def add_row_ports(layout: PortLayout, unused: Collection[str] = (), *, room: int
             return graph, False
         for place in places:
             check_place(graph, layout, place)
-            _check_activation(graph, place.node)
+            _check_activation(graph, place)
         writer = _Writer(layout, _add_inputs(graph, layout, room))
         for place in places:
             writer.write(place)
@@ -77,12 +76,16 @@ def _activation(node: fx.Node) -> str:
     return str(argument(node, "activation", "") or "")
 
 
-def _check_activation(graph: Graph, node: fx.Node) -> None:
-    if operator(node) in CONVOLUTIONS and _activation(node):
-        raise NotBuilt(
-            f"{graph.component}: the convolution of weight {argument(node, 'weight')} can't have "
-            f"adapter ports: its activation {_activation(node)} is fused with it"
-        )
+def _check_activation(graph: Graph, place: Place) -> None:
+    """See that terms can be added before an activation."""
+    node = place.node
+    activation = _activation(node)
+    weight = argument(node, "weight").meta[WEIGHT_KEY]
+    refusal = f"{graph.component}: weight {weight!r} can't have adapter ports: {activation} is "
+    if activation and operator(node) in CONVOLUTIONS:
+        raise NotBuilt(f"{refusal}part of its convolution")
+    if activation and (len(place.blocks) != 1 or place.blocks[0].first):
+        raise NotBuilt(f"{refusal}part of a product of several modules")
 
 
 def _add_inputs(graph: Graph, layout: PortLayout, room: int) -> dict[str, fx.Node]:
@@ -145,49 +148,40 @@ class _Writer:
             user.replace_input_with(node, last)
 
     def _before_activation(self, place: Place) -> None:
-        node = place.node
-        x, weight, bias, residual, sample_add, activation = (
-            argument(node, name)
-            for name in ("x", "weight", "bias", "residual", "sample_add", "activation")
-        )
-        columns, out = _traced(weight).shape[0], _traced(node)
-        start = insert(node, PORT_START, (x, columns, sample_add), node)
-        terms = self._ports(node, start, place)
-        if out.dim() == 2:
-            replace(node, node.target, (x, weight, bias, residual, terms, activation))  # type: ignore[arg-type]
-            return
-        # One sample a token.
-        x, residual, terms = (
-            value and insert(node, _RESHAPE, (value, [-1, int(_traced(value).shape[-1])]), node)
-            for value in (x, residual, terms)
-        )
-        args = (x, weight, bias, residual, terms, activation)
-        flat = insert(node, node.target, args, node)  # type: ignore[arg-type]
-        replace(node, _RESHAPE, (flat, [-1, *(int(size) for size in out.shape[1:])]))
+        node, (block,) = place.node, place.blocks
+        assert block.path is not None
+        group, port = self._places[block.path]
+        names = ("x", "weight", "bias", "residual", "sample_add", "activation")
+        product = (argument(node, name) for name in names)
+        adapters = self._adapters(block, group, node)
+        replace(node, PORT_LINEAR, (*product, *adapters, port, self._layout.slots))
 
     def _ports(self, before: fx.Node, y: fx.Node, place: Place) -> fx.Node:
         """The last of the ports that add to `y`, in front of `before`."""
         sources = list(_sources(place.node, before))
         for block in place.blocks:
             for x, channel in sources if block.path else []:
-                args = (y, x, *self._arguments(before, place.node, block), channel)
+                args = (y, x, *self._arguments(place.node, block), channel)
                 y = insert(before, ROW_PORT, args, place.node)
         return y
 
-    def _arguments(self, before: fx.Node, node: fx.Node, block: Block) -> tuple[Any, ...]:
+    def _arguments(self, node: fx.Node, block: Block) -> tuple[Any, ...]:
         assert block.path is not None
         group, port = self._places[block.path]
-        bank = (self._inputs[f"bank.{group}.{name}"] for name in ("a", "b", "ranks"))
-        scales = self._scaled(block.factor, node)
         kernel: list[int] = []
         steps: list[list[int]] = [[], [], []]
         if operator(node) in CONVOLUTIONS:
             kernel = [int(size) for size in _traced(argument(node, "weight")).shape[2:]]
             steps = [pair(argument(node, name, 1)) for name in ("stride", "padding", "dilation")]
         return (
-            self._inputs[SLOTS_INPUT], scales, *bank, port, self._layout.slots, kernel, *steps,
+            *self._adapters(block, group, node), port, self._layout.slots, kernel, *steps,
             block.start, block.first, block.rows,
         )  # fmt: skip
+
+    def _adapters(self, block: Block, group: int, node: fx.Node) -> tuple[fx.Node, ...]:
+        """Slots, scales and the bank's tensors."""
+        bank = (self._inputs[f"bank.{group}.{name}"] for name in ("a", "b", "ranks"))
+        return (self._inputs[SLOTS_INPUT], self._scaled(block.factor, node), *bank)
 
     def _scaled(self, factor: float, node: fx.Node) -> fx.Node:
         if factor not in self._scales:
