@@ -77,7 +77,7 @@ def through(op: Any) -> Run:
         x, weight, *rest = arguments(given)
         geglu = given["activation"] == "geglu"
         columns = weight.shape[0] // 2 if geglu else weight.shape[0]
-        out = x.new_empty(*x.shape[:-1], columns)
+        out: Tensor = x.new_empty(*x.shape[:-1], columns)
         scratch = torch.empty(scratch_bytes(), dtype=torch.uint8)
         op(x, pack_linear(weight, geglu=geglu), *rest, scratch, out)
         return out
