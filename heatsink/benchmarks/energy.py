@@ -93,9 +93,7 @@ class Nvml:
     def start(self) -> int:
         """A reading to give `joules`."""
         millijoules = ctypes.c_ulonglong()
-        self._call(
-            "nvmlDeviceGetTotalEnergyConsumption", self._handle, ctypes.byref(millijoules)
-        )
+        self._call("nvmlDeviceGetTotalEnergyConsumption", self._handle, ctypes.byref(millijoules))
         return millijoules.value
 
     def joules(self, start: int) -> float:

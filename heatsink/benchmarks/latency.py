@@ -19,6 +19,7 @@ import torch
 
 from heatsink.benchmarks import latency_engines as engines
 from heatsink.benchmarks import latency_process, latency_systems
+from heatsink.benchmarks import latency_tensorrt as tensorrt
 from heatsink.benchmarks.check import refusals
 from heatsink.benchmarks.energy import Meter, NoMeter, meter
 from heatsink.benchmarks.environment import environment
@@ -26,7 +27,6 @@ from heatsink.benchmarks.latency_check import Check, Quality
 from heatsink.benchmarks.latency_results import LeftOut, Results, Row, Samples, Table
 from heatsink.benchmarks.latency_systems import WHOLE, Runner, System, best_layout, synchronised
 from heatsink.benchmarks.latency_work import Artefacts, Level, Workload
-from heatsink.benchmarks import latency_tensorrt as tensorrt
 from heatsink.kernels.timing import Spread
 from heatsink.kernels.tuning_gate import one_line
 from heatsink.runtime.errors import HeatsinkError
@@ -80,10 +80,6 @@ class _Entry:
     quality: Quality
     samples: list[float] = field(default_factory=list)
     joules: float | None = None
-
-    @property
-    def key(self) -> tuple[str, str]:
-        return self.system, self.runner.includes
 
 
 class Bench:
@@ -152,7 +148,6 @@ class Bench:
             "layout_seconds": layout,
             "rounds": self._wanted.rounds or dict(ROUNDS),
             "together": self._wanted.together,
-            "baseline": self._wanted.systems[0],
             "energy": self._meter.name,
         }
 
@@ -185,7 +180,7 @@ class Bench:
             self._progress(f"opening, {precision}", place, len(names))
             try:
                 systems[name] = SYSTEMS[name](self._artefacts, precision)
-            except (HeatsinkError, *refusals()) as error:
+            except _failures() as error:
                 self.results.leave_out(LeftOut(name, precision, _reason(error)))
         self._progress(f"opening, {precision}", len(names), len(names))
         return systems
@@ -214,9 +209,7 @@ class Bench:
     def _rounds(self, level: Level) -> int:
         return self._wanted.rounds or ROUNDS[level]
 
-    def _entries(
-        self, table: Table, count: int, systems: Mapping[str, System]
-    ) -> Iterator[_Entry]:
+    def _entries(self, table: Table, count: int, systems: Mapping[str, System]) -> Iterator[_Entry]:
         """What is right, by system; the others are refused."""
         request = self._artefacts.request(table.level, count, 0)
         for name, system in systems.items():
@@ -227,7 +220,7 @@ class Bench:
                     result = runner.result(runner.run())
                     quality = self._check(table.level, table.precision, result)
                     yield _Entry(name, runner, quality)
-            except (HeatsinkError, *refusals()) as error:
+            except _failures() as error:
                 reason = _reason(error)
                 self.results.refuse(LeftOut(name, table.precision, reason, table.level, count))
         self._progress(f"checking, {table.level}, {table.precision}", 1, 1)
@@ -260,25 +253,37 @@ class Bench:
         return joules / (calls * count)
 
     def _add(self, table: Table, count: int, entries: Sequence[_Entry]) -> None:
-        base = next((e for e in entries if e.key == (self._wanted.systems[0], WHOLE)), None)
+        # One by itself beside the first has nothing to be compared with where that is missing.
+        wanted = [
+            e for e in entries if self._wanted.together or e.system == self._wanted.systems[0]
+        ]
+        base = next((entry for entry in wanted if entry.runner.includes == WHOLE), None)
         for entry in entries:
             ratio = None
             if base is not None:
                 pairs = zip(entry.samples, base.samples, strict=True)
                 ratio = Spread.of([mine / theirs for mine, theirs in pairs])
             spread = Spread.of(entry.samples)
-            samples = Samples(spread, len(entry.samples))
-            quality = entry.quality
             table.add(
                 Row(
-                    entry.system, table.precision, count, entry.runner.includes, ratio, samples,
-                    spread.median / count, entry.joules, quality,
+                    system=entry.system,
+                    precision=table.precision,
+                    count=count,
+                    includes=entry.runner.includes,
+                    base=base.system if base else "",
+                    ratio=ratio,
+                    samples=Samples(spread, len(entry.samples)),
+                    per_unit=spread.median / count,
+                    joules=entry.joules,
+                    quality=entry.quality,
                 )
-            )  # fmt: skip
+            )
 
     def _measure_processes(self) -> None:
         """Every system that was timed, in a process of its own, for one image."""
-        level: Level = "image" if "image" in self._wanted.counts else next(iter(self._wanted.counts))
+        level: Level = (
+            "image" if "image" in self._wanted.counts else next(iter(self._wanted.counts))
+        )
         count = min(2, self._artefacts.workload.rows) if level == "unet" else 1
         jobs = [
             (table.precision, name)
@@ -305,6 +310,11 @@ class Bench:
 
     def _late(self) -> bool:
         return self._ends is not None and time.monotonic() >= self._ends
+
+
+def _failures() -> tuple[type[BaseException], ...]:
+    """What a system may say no with, a library's ways among them."""
+    return (HeatsinkError, *refusals())
 
 
 def _reason(error: BaseException) -> str:

@@ -23,6 +23,8 @@ from heatsink.runtime.errors import HeatsinkError
 MARGINS = {"fp32": 8.0, "bf16": 2.0}
 MIN_PSNR = {"fp32": 50.0, "bf16": 30.0}
 """In dB, or this much below diffusers' own in the table's precision, where that is less."""
+EQUAL = 120.0
+"""What stands for images without a difference, in dB."""
 _BELOW_DIFFUSERS = 6.0
 
 
@@ -65,18 +67,16 @@ class Check:
         """
         found = self._of_images if level == "image" else self._of_component
         quality = found(level, precision, result)
-        if quality.error is not None and quality.allowed is not None:
-            # Written so that a NaN is refused too.
-            if not quality.error <= quality.allowed:
-                raise HeatsinkError(
-                    f"wrong: its error is {quality.error:.1e}, {quality.allowed:.1e} is allowed"
-                )
-        if quality.psnr is not None and quality.least is not None:
-            if not quality.psnr >= quality.least:
-                raise HeatsinkError(
-                    f"wrong: {quality.psnr:.1f} dB from diffusers in float32, at least "
-                    f"{quality.least:.1f} are expected"
-                )
+        # Written so that a NaN is refused too.
+        if quality.error is not None and not quality.error <= (quality.allowed or 0.0):
+            raise HeatsinkError(
+                f"wrong: its error is {quality.error:.1e}, {quality.allowed:.1e} is allowed"
+            )
+        if quality.psnr is not None and not quality.psnr >= (quality.least or 0.0):
+            raise HeatsinkError(
+                f"wrong: {quality.psnr:.1f} dB from diffusers in float32, at least "
+                f"{quality.least:.1f} are expected"
+            )
         return quality
 
     def _of_component(self, level: Level, precision: str, result: Tensor) -> Quality:
@@ -140,4 +140,4 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 def psnr(found: Tensor, wanted: Tensor) -> float:
     """Of the worst image, in dB; values in [0, 1]."""
     errors = (found.double() - wanted.double()).square().flatten(1).mean(1)
-    return float(-10 * torch.log10(errors.max().clamp_min(1e-12)))
+    return float(-10 * torch.log10(errors.max().clamp_min(10 ** (-EQUAL / 10))))

@@ -23,36 +23,41 @@ RunRows = Callable[[Mapping[str, Array]], dict[str, Array]]
 Arrays = dict[str, Array]
 
 
-def component_runner(run: RunRows) -> Runner:
-    """A component on arrays; with `step`'s counterpart where it has phases, see `step_runner`."""
+def component_runner(run: RunRows, device: str = "cpu") -> Runner:
+    """A component that computes everything, on arrays, or on a GPU on its tensors."""
     held: Arrays = {}
 
     def load(request: Request) -> None:
-        assert isinstance(request, Mapping)
-        held.update({name: value.numpy() for name, value in request.items()})
+        held.update(_given(request, device))
         if isinstance(run, Phased):
             run.forget()
 
     return Runner(load, lambda: run(held), _first, WHOLE)
 
 
-def step_runner(run: RunRows) -> Runner:
+def step_runner(run: RunRows, device: str = "cpu") -> Runner:
     """The step alone: `load` computes what depends on text and time, with other latents."""
-    whole = component_runner(run)
+    held: Arrays = {}
+    whole = component_runner(run, device)
 
     def load(request: Request) -> None:
         assert isinstance(request, Mapping)
-        other = {**request, "sample": torch.zeros_like(request["sample"])}
-        whole.load(other)
+        whole.load({**request, "sample": torch.zeros_like(request["sample"])})
         whole.run()
-        held.update({name: value.numpy() for name, value in request.items()})
+        held.update(_given(request, device))
 
-    held: Arrays = {}
     return Runner(load, lambda: run(held), _first, STEP)
 
 
-def _first(outputs: Arrays) -> Tensor:
-    return torch.from_numpy(next(iter(outputs.values()))).float()
+def _given(request: Request, device: str) -> dict[str, Any]:
+    assert isinstance(request, Mapping)
+    if device == "cpu":
+        return {name: value.numpy() for name, value in request.items()}
+    return {name: value.to(device) for name, value in request.items()}
+
+
+def _first(outputs: Mapping[str, Any]) -> Tensor:
+    return torch.as_tensor(next(iter(outputs.values()))).float().cpu()
 
 
 def engine_runner(engine: Engine, steps: int, guidance: float) -> Runner:
@@ -87,8 +92,6 @@ class Heatsink:
 
     def __init__(self, artefacts: Artefacts, precision: str) -> None:
         workload = artefacts.workload
-        if workload.device != "cpu":
-            raise NotBuilt("engines of this version run on a CPU")
         if not workload.engines and not self.strict:
             raise NotBuilt("the same program as strict: no engine is built, no batch size measured")
         self._artefacts, self._precision = artefacts, precision
@@ -96,21 +99,21 @@ class Heatsink:
         self._components: dict[str, Any] = {}
 
     def runners(self, level: Level, count: int) -> list[Runner]:
-        """The whole, and where a component has phases the step."""
+        """The whole, and of the UNet the step too."""
         workload = self._artefacts.workload
         if level == "image":
             return [engine_runner(self._opened(), workload.steps, workload.guidance)]
         component = self._component(COMPONENTS[level])
-        found = [component_runner(component)]
-        if level == "unet" and isinstance(component, Phased):
-            found.append(step_runner(component))
+        found = [component_runner(component, workload.device)]
+        if level == "unet":
+            found.append(step_runner(component, workload.device))
         return found
 
     def _opened(self) -> Engine:
         import heatsink
 
         if not self._artefacts.workload.engines:
-            raise NotBuilt("no engine is built for this model on this machine")
+            raise NotBuilt("no engine is built for this: engines of this version run on a CPU")
         if self._engine is None:
             folder = self._artefacts.engine(self._precision, self.strict)
             self._engine = heatsink.load(folder, threads=self._artefacts.workload.threads)
@@ -141,18 +144,14 @@ class Heatsink:
         from heatsink.export.native import data_of
         from heatsink.runtime.backends.native import NativeSession, read_graph
         from heatsink.runtime.native.component import Workspace
+        from heatsink.runtime.native.phased import PhasedComponent
 
         path = self._artefacts.native(name, self._precision)
-        workload = self._artefacts.workload
-        return _Rows(
-            NativeSession(
-                name,
-                read_graph(path, data_of(path)),
-                Workspace(),
-                largest=workload.rows,
-                threads=workload.threads,
-            )
-        )
+        graph, workload = read_graph(path, data_of(path)), self._artefacts.workload
+        if workload.device == "cpu":
+            threads, rows = workload.threads, workload.rows
+            return _Called(NativeSession(name, graph, Workspace(), largest=rows, threads=threads))
+        return _Called(PhasedComponent(graph, device=workload.device))
 
 
 class HeatsinkFast(Heatsink):
@@ -161,15 +160,15 @@ class HeatsinkFast(Heatsink):
     strict = False
 
 
-class _Rows:
-    """A session as an opened component is called."""
+class _Called:
+    """A session, or a component, as an opened component is called."""
 
     def __init__(self, session: Any) -> None:
         self._session = session
         self.prepare, self.forget = session.prepare, session.forget
 
-    def __call__(self, inputs: Mapping[str, Array]) -> Arrays:
-        found: Arrays = self._session.run(inputs)
+    def __call__(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = self._session.run(inputs)
         return found
 
 

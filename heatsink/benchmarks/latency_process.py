@@ -8,6 +8,7 @@ not.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -142,11 +143,9 @@ class _Memory:
         if self._cuda:
             torch.cuda.reset_peak_memory_stats()
             return
-        try:
-            # Lets the peak begin again: what importing took for a moment is not the system's.
+        # Lets the peak begin again: what importing took for a moment is not the system's.
+        with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        except OSError:
-            pass
         self._before = _status("VmRSS")
 
     def peak(self) -> int | None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from heatsink.benchmarks.latency_check import EQUAL
 from heatsink.benchmarks.latency_process import Cost
 from heatsink.benchmarks.latency_results import LeftOut, Results, Row, Table
 from heatsink.kernels.timing import Spread
@@ -18,10 +19,12 @@ TITLES = {
 Cells = list[list[str]]
 
 
-def table_cells(table: Table, baseline: str) -> tuple[list[str], Cells]:
+def table_cells(table: Table) -> tuple[list[str], Cells]:
     """Header and rows, without the columns that are empty everywhere."""
+    bases = list(dict.fromkeys(row.base for row in table.rows))
+    base = bases[0] if len(bases) == 1 else "the first of each group"
     header = [
-        f"{table.unit}s", "system", "includes", f"time, {baseline} = 1", "median", "range",
+        f"{table.unit}s", "system", "includes", f"time, {base} = 1", "median", "range",
         f"s/{table.unit}", f"J/{table.unit}", "error", "PSNR",
     ]  # fmt: skip
     rows = sorted(table.rows, key=lambda row: row.count)
@@ -40,7 +43,7 @@ def _cells(row: Row) -> list[str]:
         _time(row.per_unit),
         "" if row.joules is None else f"{row.joules:.3g}",
         "" if quality.error is None else f"{quality.error:.1e}",
-        "" if quality.psnr is None else f"{quality.psnr:.1f} dB",
+        "" if quality.psnr is None else _psnr(quality.psnr),
     ]
 
 
@@ -71,13 +74,17 @@ def _time(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
 
 
+def _psnr(decibels: float) -> str:
+    return "equal" if decibels >= EQUAL else f"{decibels:.1f} dB"
+
+
 def titled(results: Results) -> list[tuple[str, list[str], Cells]]:
     """Every table with its title: levels by precision, then fresh processes by precision."""
     model = f"{results.settings['model']}, {results.settings['size']}"
     found = [
         (
             f"{TITLES[table.level]}, {table.precision}: {model}",
-            *table_cells(table, results.settings["baseline"]),
+            *table_cells(table),
         )
         for table in results.tables
         if table.rows
@@ -143,7 +150,8 @@ def plot(results: Results, path: Path) -> None:
     size = (4.6 * len(precisions) + 0.6, 2.9 * len(levels) + 0.9)
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(len(levels), len(precisions), squeeze=False)
+    # One scale for all precisions of a level, so that panels side by side can be compared.
+    grid = figure.subplots(len(levels), len(precisions), squeeze=False, sharey="row")
     styles = _styles(results)
     for axes in grid.flat:
         axes.set_visible(False)

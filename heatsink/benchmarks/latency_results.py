@@ -33,7 +33,8 @@ class Row:
         precision: what it computed in.
         count: rows or images of a call.
         includes: `whole`, or `step`: without what depends on text and time.
-        ratio: its time over the baseline's whole in the same round; None without a baseline.
+        base: the system whose whole its time is compared with, in the same round.
+        ratio: its time over that; None without one.
         samples: seconds of a call.
         per_unit: seconds of the median call for one row or image.
         joules: for one row or image, idle power included; None where nothing meters it.
@@ -44,6 +45,7 @@ class Row:
     precision: str
     count: int
     includes: str
+    base: str
     ratio: Spread | None
     samples: Samples
     per_unit: float

@@ -79,14 +79,13 @@ class Eager:
         """Move the modules that are loaded, and those to come."""
         self._layout = layout
         for module in self._modules.values():
-            module.to(memory_format=LAYOUTS[layout])
+            _lay(module, layout)
 
     def module(self, component: str) -> nn.Module:
         """A component with the inputs that graphs have."""
         if component not in self._modules:
             inner = self._artefacts.model.load_module(component, self._dtype).to(self._device)
-            inner = inner.to(memory_format=LAYOUTS[self._layout])
-            self._modules[component] = wrap(component, inner).eval()
+            self._modules[component] = wrap(component, _lay(inner, self._layout)).eval()
         return self._modules[component]
 
     def pipeline(self) -> Any:
@@ -107,7 +106,7 @@ class Eager:
             schedulers: Any = diffusers.DPMSolverMultistepScheduler
             pipe.scheduler = schedulers.from_config(pipe.scheduler.config)
             pipe.to(self._device)
-            pipe.vae.to(memory_format=LAYOUTS[self._layout])
+            _lay(pipe.vae, self._layout)
             pipe.set_progress_bar_config(disable=True)
             self._pipe = pipe
         return self._pipe
@@ -156,6 +155,11 @@ class Eager:
                 ).images
 
         return Runner(load, run, torch.from_numpy)
+
+
+def _lay(module: Any, layout: str) -> Any:
+    """The module with its weights in a layout."""
+    return module.to(memory_format=LAYOUTS[layout])
 
 
 class Compiled(Eager):
@@ -244,7 +248,7 @@ def best_layout(artefacts: Artefacts, precision: str, count: int) -> dict[str, f
 @contextlib.contextmanager
 def synchronised(device: str) -> Iterator[Callable[[], float]]:
     """Wait for the device before and after the block; gives a function of the seconds between."""
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait: Callable[[], Any] = torch.cuda.synchronize if device == "cuda" else lambda: None
     wait()
     begun = time.perf_counter()
     ended = begun

@@ -1,8 +1,8 @@
 """TensorRT among the compared systems, where it is installed; it has never run here.
 
-An engine is built from the ONNX file for exactly one count, with bfloat16 allowed where that is the
-table's precision and TF32 forbidden. Generations are sampled by heatsink's engine on the host, whose
-copies to the device and back are part of the time.
+An engine is built from the ONNX file for exactly one count, with bfloat16 allowed where that is
+the table's precision and TF32 forbidden. Generations are sampled by heatsink's engine on the host,
+whose copies to the device and back are part of the time.
 """
 
 from __future__ import annotations
