@@ -15,6 +15,7 @@ from heatsink.runtime.graph.passes import run_passes
 from heatsink.runtime.graph.passes.protocol import Pass
 from heatsink.runtime.memory import Plan, plan
 from heatsink.runtime.native.layout import Layout, lay_out
+from heatsink.runtime.native.outs import forget_packed
 from heatsink.runtime.native.program import Arena, Program, check_held
 from heatsink.runtime.native.shared_weights import SharedWeights, made_of
 
@@ -154,7 +155,8 @@ class NativeComponent:
             if stale:
                 self.drop_programs()
             for name in stale:
-                self._constants.pop(name, None)
+                if name in self._constants:
+                    forget_packed(self._constants.pop(name))
             return bool(stale)
 
     @property

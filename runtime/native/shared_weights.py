@@ -35,7 +35,7 @@ class SharedWeights:
         found = self._held.get(key) if shared else None
         if found is None:
             with torch.no_grad():
-                found = weight.load().detach().to(self.device)
+                found = _plain(weight.load(), self.device)
             if shared:
                 self._held[key] = found
         return found
@@ -50,3 +50,10 @@ class SharedWeights:
 def made_of(origins: object, parameters: Container[str]) -> bool:
     """Whether a weight of these origins holds something of these parameters."""
     return any(origin.parameter in parameters for origin in origins)  # type: ignore[attr-defined]
+
+
+def _plain(value: Tensor, device: torch.device) -> Tensor:
+    """As it is where it can be: components share what is packed of one tensor."""
+    if value.device == device and not value.requires_grad:
+        return value
+    return value.detach().to(device)
