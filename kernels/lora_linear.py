@@ -21,6 +21,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+import heatsink.kernels.linear
+import heatsink.kernels.lora_rows  # noqa: F401 - both register their ops
 from heatsink.kernels import _native
 from heatsink.kernels._checks import FLOATS, check_shape, check_tensors
 from heatsink.kernels._products import check_product, result_columns, unpack

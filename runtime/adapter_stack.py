@@ -1,4 +1,4 @@
-"""An adapter in host memory as the bank stacks it, so that a load is two copies a group of ports.
+"""An adapter in host memory as the bank stacks it, so that a load is three copies a group of ports.
 
 The scale of a module (alpha / rank) goes into its `b`: the product is taken in float64 and rounded
 once to the bank's dtype (`a` is converted to it), so a row's scale is its request's weight alone.
@@ -96,10 +96,10 @@ def stack(
         for index, members in sorted(groups.items()):
             a, b = _stack_group(layouts[component].groups[index], members, dtype, pinned, refused)
             own |= {f"bank.{index}.a": a, f"bank.{index}.b": b}
-            ports = torch.zeros(a.shape[0], dtype=torch.int32, pin_memory=pinned)
+            every = torch.zeros(a.shape[0], dtype=torch.int32, pin_memory=pinned)
             for port, delta in members.items():
-                ports[port] = delta.rank
-            counted[f"bank.{index}.ranks"] = ports
+                every[port] = delta.rank
+            counted[f"bank.{index}.ranks"] = every
     _refuse(refused, len(deltas))
     return StackedAdapter(digest_deltas(deltas), tuple(sorted(map(_called, deltas))), parts, ranks)
 

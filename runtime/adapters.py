@@ -86,6 +86,10 @@ class AdapterBank:
         """How many ranks count of the rows of `tensors`, for the native engine; as lasting."""
         return dict(self._memory.ranks[component])
 
+    def content(self, slot: int) -> str:
+        """The digest of the adapter in a slot; "" of an empty one."""
+        return self._table.content(slot)
+
     # The registry
 
     def add(

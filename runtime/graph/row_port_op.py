@@ -18,6 +18,7 @@ Here are their definitions in PyTorch, for parity in any dtype. A planned progra
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -141,7 +142,7 @@ def _port_linear(
     given_dtype, dtype = x.dtype, torch.promote_types(x.dtype, torch.float32)
     x, weight = x.to(dtype), weight.to(dtype)
     y = F.linear(x, weight, None if bias is None else bias.to(dtype))
-    given = (y, x, slots, scales, a, b, ranks, port, bank_slots, [], [], [], [])
+    given: tuple[Any, ...] = (y, x, slots, scales, a, b, ranks, port, bank_slots, [], [], [], [])
     y = torch.ops.heatsink.row_port(*given, 0, 0, weight.shape[0], 0)
     added = None if sample_add is None else sample_add.to(dtype)
     kept = None if residual is None else residual.to(dtype)

@@ -66,6 +66,12 @@ def check_inputs(graph: Graph, inputs: Mapping[str, Tensor]) -> None:
             )
 
 
+def _plain(value: Tensor, device: torch.device) -> Tensor:
+    return (
+        value if value.device == device and not value.requires_grad else value.detach().to(device)
+    )
+
+
 class NativeComponent:
     """Runs a graph at any batch size; several threads may call it.
 
@@ -208,7 +214,8 @@ class NativeComponent:
         device = self.workspace.device
         with torch.no_grad():
             return {
-                name: weight.load().detach().to(device)
+                # As it is where it can be: components of one graph share what is packed of it.
+                name: _plain(weight.load(), device)
                 for name, weight in self.graph.weights.items()
             }
 

@@ -125,6 +125,11 @@ class PhasedComponent:
         )
 
     @property
+    def held(self) -> Mapping[str, Tensor]:
+        """The inputs that lie in memory of the caller's."""
+        return self._held
+
+    @property
     def kept_bytes(self) -> int:
         """Values that are kept by key, and where the step reads them."""
         return self._store.bytes + self.buffer_bytes

@@ -101,7 +101,7 @@ def _add_inputs(graph: Graph, layout: PortLayout, room: int) -> dict[str, fx.Nod
     batch = _batch(graph)
     found = {}
     for name, spec in specs.items():
-        sizes = [batch if size == BATCH else size for size in spec.shape]
+        sizes: list[Any] = [batch if size == BATCH else size for size in spec.shape]
         with fake_mode(graph):
             value = torch.empty(sizes, dtype=spec.dtype, device="meta")
         found[name] = placeholder(graph, name, value)

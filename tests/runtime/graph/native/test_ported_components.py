@@ -1,4 +1,4 @@
-"""Native programs of whole components with adapter ports, beside those without and merged weights."""
+"""Native programs of whole components with ports, beside their twins and merged weights."""
 
 from __future__ import annotations
 
@@ -93,7 +93,8 @@ def test_rows_without_adapters_have_the_twins_bits(
 ) -> None:
     both = ported(name, dtype)
     plain = both.plain()
-    for mixes in (MIXES, [[]] * ROWS, MIXES[::-1]):
+    nobody: list[Mix] = [[] for _ in range(ROWS)]
+    for mixes in (MIXES, nobody, MIXES[::-1]):
         for output, value in both.run(mixes).items():
             for row, mix in enumerate(mixes):
                 assert value[row].equal(plain[output][row]) == (not mix)
