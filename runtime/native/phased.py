@@ -12,7 +12,7 @@ only, filled up, or its values would depend on what was asked before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,7 @@ from heatsink.runtime.native.component import NativeComponent, Workspace, check_
 from heatsink.runtime.native.exact import inexact
 from heatsink.runtime.native.layout import lay_out
 from heatsink.runtime.native.phase_keys import PhaseKeys
+from heatsink.runtime.native.shared_weights import SharedWeights
 from heatsink.runtime.native.values import Key, Store, digest
 
 KEEP_BYTES = 1 << 28
@@ -69,6 +70,7 @@ class PhasedComponent:
         device: torch.device | str = "cpu",
         workspace: Workspace | None = None,
         held: Mapping[str, Tensor] | None = None,
+        weights: SharedWeights | None = None,
         keep_bytes: int = KEEP_BYTES,
         sizes: Sequence[int] = SIZES,
     ) -> None:
@@ -80,6 +82,7 @@ class PhasedComponent:
             workspace: shared with other components, on the same device; its own by default.
             held: inputs that are read where they are, as `NativeComponent` takes them. What depends
                 on them is kept by the keys that the caller gives `run` for their users.
+            weights: shared with graphs of the same module; its own by default.
             keep_bytes: how much of values is kept that no row needs now.
             sizes: batch sizes in which phases are computed, ascending; the largest alone for a
                 phase whose results may depend on it.
@@ -94,6 +97,7 @@ class PhasedComponent:
         self.workspace = workspace or Workspace(device)
         self.phases: Phases = split(graph)
         self._held = dict(held or {})
+        weights = weights or SharedWeights(device)
         self._store = Store(keep_bytes)
         self._keys = PhaseKeys(graph, self.phases, self._held)
         self._rows: dict[Phase, int] = {}
@@ -103,6 +107,7 @@ class PhasedComponent:
                 part,
                 device=device,
                 workspace=self.workspace,
+                weights=weights,
                 held={name: value for name, value in self._held.items() if name in part.inputs},
             )
             for phase, part in self.phases.graphs.items()
@@ -121,6 +126,7 @@ class PhasedComponent:
             self.phases.graphs[Phase.STEP],
             device=device,
             workspace=self.workspace,
+            weights=weights,
             held={**own, **self._buffers},
         )
 
@@ -152,6 +158,20 @@ class PhasedComponent:
             self._keys.forget()
             for lying in self._lying.values():
                 lying[:] = [None] * len(lying)
+
+    def reload(self, parameters: Container[str]) -> None:
+        """Read the weights that are made of these parameters again before the next run.
+
+        Values that a phase computed with them go.
+
+        Args:
+            parameters: names that the graph's origins have.
+        """
+        with self.workspace.lock:
+            stale = [part.reload(parameters) for part in self._parts.values()]
+            self._step.reload(parameters)
+            if any(stale):
+                self.forget()
 
     def uses(self, rows: int = 1) -> dict[Phase, Use]:
         """Every phase's cost for a row, its launches in a run of `rows`, and how often it ran."""
