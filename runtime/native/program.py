@@ -58,6 +58,18 @@ def check_held(
             )
 
 
+def _check_strides(name: str, value: Tensor, planned: Tensor) -> None:
+    """See that what is a view in the plan is one of the held tensor too, and no copy made once."""
+    steps = [
+        [step for size, step in zip(each.shape, each.stride(), strict=True) if size > 1]
+        for each in (planned, value)
+    ]
+    if steps[0] != steps[1]:
+        raise ValueError(
+            f"held: expected {name!r} with strides {planned.stride()}, got {value.stride()}"
+        )
+
+
 class Program:
     """One batch size of a component: write `inputs`, `replay`, read `outputs`.
 
@@ -88,7 +100,8 @@ class Program:
             batch: rows.
             constants: the graph's weights by name, on the device.
             held: inputs by name that are read where they are at every replay: memory of the
-                caller's, of the specified shape and dtype, on the device, that stays there.
+                caller's, of the specified shape and dtype and the layout's strides, on the device,
+                that stays there.
             layout: as `lay_out` gives it, for these held inputs.
             memory: the plan of the layout's lifetimes.
             arena: of at least the plan's peak; one of its own by default.
@@ -158,6 +171,8 @@ class Program:
                 return
             name = input_name(node)
             given = self._held.get(name)
+            if given is not None:
+                _check_strides(name, given, self._layout.values[node])
             self._values[node] = self._place(node, 0) if given is None else given
             self.inputs[name] = self._values[node]
             return
