@@ -147,7 +147,7 @@ class Heatsink:
         from heatsink.runtime.native.phased import PhasedComponent
 
         path = self._artefacts.native(name, self._precision)
-        graph, workload = read_graph(path, data_of(path)), self._artefacts.workload
+        graph, workload = read_graph(path, data_of(path, name)), self._artefacts.workload
         if workload.device == "cpu":
             threads, rows = workload.threads, workload.rows
             return _Called(NativeSession(name, graph, Workspace(), largest=rows, threads=threads))
