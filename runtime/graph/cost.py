@@ -45,11 +45,11 @@ class Cost:
 
 def costs(graph: Graph, rows: int) -> dict[str, Cost]:
     """The cost of each operator of a graph for a batch of `rows`, the dearest first."""
-    sizes = _Sizes(graph, rows)
+    each = NodeCosts(graph, rows)
     found: defaultdict[str, Cost] = defaultdict(Cost)
     for node in graph.nodes:
         if node.op == "call_function":
-            found[operator(node) or _name(node)] += _cost(node, sizes)
+            found[operator(node) or _name(node)] += each.of(node)
     order = sorted(found, key=lambda name: (-found[name].flops, -found[name].bytes, name))
     return {name: found[name] for name in order}
 
@@ -69,6 +69,24 @@ def launches(graph: Graph) -> int:
         elif operator(node) and operator(node) not in VIEWS:
             count += 1
     return count
+
+
+class NodeCosts:
+    """What single nodes of a graph cost for a batch of `rows`."""
+
+    def __init__(self, graph: Graph, rows: int) -> None:
+        self._sizes = _Sizes(graph, rows)
+
+    def of(self, node: fx.Node) -> Cost:
+        """The node's cost."""
+        return _cost(node, self._sizes)
+
+    def shape(self, node: fx.Node) -> list[int]:
+        """The shape of a node's tensor."""
+        value = traced(node)
+        if value is None:
+            raise ValueError(f"node: expected one that gives a tensor, got {node}")
+        return self._sizes.shape(value)
 
 
 def total(by_operator: dict[str, Cost]) -> Cost:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -119,6 +120,7 @@ class Program:
         self.batch = batch
         self.unplanned: list[tuple[str, str]] = []
         self._calls = Calls(self._device)
+        self._nodes: list[fx.Node] = []
         self._values: dict[fx.Node, Any] = {}
         self._storages: dict[tuple[fx.Node, int], Tensor] = {}
         self.inputs: dict[str, Tensor] = {}
@@ -161,6 +163,13 @@ class Program:
         with torch.inference_mode():
             self._calls.run()
 
+    def profile(
+        self, rounds: int = 3, clock: Callable[[], float] = time.perf_counter
+    ) -> list[tuple[fx.Node, float]]:
+        """The node of every call of a replay, in order, with its median seconds over the rounds."""
+        with torch.inference_mode():
+            return list(zip(self._nodes, self._calls.profile(rounds, clock), strict=True))
+
     def _add(self, node: fx.Node, constants: Mapping[str, Tensor]) -> None:
         if node.op == "output":
             return
@@ -194,6 +203,7 @@ class Program:
         if step is None:
             self.unplanned.append((str(target), module_path(node)))
             step = unplanned(target, args, kwargs, out)
+        self._nodes.append(node)
         self._calls.add(step, f"{target} of {module_path(node) or 'the model'}")
 
     def _value(self, value: Any) -> Any:
