@@ -267,7 +267,7 @@ class Bench:
             if base is not None:
                 pairs = zip(entry.samples, base.samples, strict=True)
                 ratio = Spread.of([mine / theirs for mine, theirs in pairs])
-            spread = Spread.of(entry.samples)
+            samples = Samples.of(entry.samples)
             table.add(
                 Row(
                     system=entry.system,
@@ -276,8 +276,8 @@ class Bench:
                     includes=entry.runner.includes,
                     base=base.system if base else "",
                     ratio=ratio,
-                    samples=Samples(spread, len(entry.samples)),
-                    per_unit=spread.median / count,
+                    samples=samples,
+                    per_unit=samples.seconds.median / count,
                     joules=entry.joules,
                     quality=entry.quality,
                 )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from heatsink.benchmarks.latency_check import Quality
@@ -17,11 +18,17 @@ class Samples:
 
     Attributes:
         seconds: median and range.
-        rounds: how many there were.
+        each: of every round, in order.
     """
 
     seconds: Spread
-    rounds: int
+    each: tuple[float, ...]
+
+    @classmethod
+    def of(cls, each: Iterable[float]) -> Samples:
+        """Of at least one round."""
+        taken = tuple(each)
+        return cls(Spread.of(taken), taken)
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,7 @@ class Table:
         return UNITS[self.level]
 
     def add(self, row: Row) -> None:
-        """Append a row; of a system that is there at this count already, the first one stays.
+        """Append a row; to what is there already (the first of several groups) add its rounds.
 
         Raises:
             ValueError: it was computed in another precision.
@@ -77,8 +84,13 @@ class Table:
                 f"a table of {self.precision} takes no row of {row.precision} ({row.system})"
             )
         key = (row.system, row.count, row.includes)
-        if key not in [(each.system, each.count, each.includes) for each in self.rows]:
-            self.rows.append(row)
+        for place, old in enumerate(self.rows):
+            if (old.system, old.count, old.includes) == key:
+                samples = Samples.of([*old.samples.each, *row.samples.each])
+                per_unit = samples.seconds.median / row.count
+                self.rows[place] = replace(old, samples=samples, per_unit=per_unit)
+                return
+        self.rows.append(row)
 
 
 @dataclass(frozen=True)

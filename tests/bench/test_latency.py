@@ -76,7 +76,7 @@ def row(system: str, precision: str = "fp32", count: int = 1, **changes: Any) ->
         "includes": WHOLE,
         "base": STRICT,
         "ratio": spread,
-        "samples": Samples(spread, 3),
+        "samples": Samples.of([0.5, 0.4, 0.7]),
         "per_unit": 0.5 / count,
         "joules": None,
         "quality": Quality(error=1e-6, allowed=1e-5),
@@ -104,7 +104,7 @@ def test_all_systems_of_a_run_answer_the_same_requests(workload: Workload) -> No
     keys = {(STRICT, WHOLE), (STRICT, STEP), (EAGER, WHOLE), (ONNXRUNTIME, WHOLE)}
     assert rows.keys() == {(name, count, what) for name, what in keys for count in (1, 2)}
     for (name, count, _), each in rows.items():
-        assert each.samples.rounds == 2
+        assert len(each.samples.each) == 2
         assert each.base == STRICT
         assert each.per_unit == each.samples.seconds.median / count > 0
         assert each.quality.error is not None
@@ -159,12 +159,14 @@ def test_a_table_takes_no_row_of_another_precision() -> None:
     assert [each.system for each in table.rows] == ["a"]
 
 
-def test_of_what_is_measured_twice_the_first_stays() -> None:
+def test_rounds_of_several_groups_are_taken_together() -> None:
     table = Table("unet", "fp32")
-    for per_unit in (0.5, 0.25):
-        table.add(row("a", per_unit=per_unit))
-    table.add(row("a", includes=STEP))
-    assert [(each.per_unit, each.includes) for each in table.rows] == [(0.5, WHOLE), (0.5, STEP)]
+    table.add(row("a", count=2))
+    table.add(row("a", count=2, samples=Samples.of([0.9, 0.8])))
+    table.add(row("a", count=2, includes=STEP))
+    assert [each.includes for each in table.rows] == [WHOLE, STEP]
+    assert table.rows[0].samples == Samples(Spread(0.7, 0.4, 0.9), (0.5, 0.4, 0.7, 0.9, 0.8))
+    assert table.rows[0].per_unit == 0.35
 
 
 class Off(Eager):
@@ -306,6 +308,9 @@ def test_each_by_itself_beside_the_first(
     rows = found(results, "unet", "fp32")
     assert {name for name, _, _ in rows} == {STRICT, EAGER, ONNXRUNTIME}
     assert all(each.ratio is not None for each in rows.values())
+    # The first was beside both others, and has the rounds of both.
+    assert len(rows[STRICT, 1, WHOLE].samples.each) == 2
+    assert len(rows[EAGER, 1, WHOLE].samples.each) == 1
 
 
 def test_what_the_time_did_not_suffice_for_is_named(workload: Workload) -> None:
