@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -61,6 +61,7 @@ class Options:
         adapters: (slots, rank) of adapter ports on the UNet and the text encoders; None: no ports.
         ports: which of their layers get ports: "all" linears and convolutions, "linear" ones, or
             the linear projections of "attention".
+        controlnets: folders of ControlNets, by the names that requests call them.
     """
 
     backend: str = backends.AUTO
@@ -72,6 +73,7 @@ class Options:
     opset: int | None = None
     adapters: tuple[int, int] | None = None
     ports: str = "all"
+    controlnets: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def chosen(self) -> Backend:
@@ -164,6 +166,8 @@ def build(
     target = Path(out).resolve()
     check_target(target)
     opened = model if isinstance(model, Model) else Model.open(model)
+    if options.controlnets:
+        opened = opened.with_controlnets(options.controlnets)
     opened.check()
     size = options.size or planning.default_size(opened)
     planning.check_size(opened, size)
@@ -308,9 +312,10 @@ def _manifest(
 
 def _ports(options: Options, built: dict[str, components.Built]) -> Ports:
     if options.adapters is None:
-        return Ports()
+        return Ports(controlnet=bool(options.controlnets))
     slots, rank = options.adapters
     return Ports(
-        adapter_slots=slots, adapter_rank=rank, which=options.ports, table=port_table.TABLE,
+        adapter_slots=slots, adapter_rank=rank, controlnet=bool(options.controlnets),
+        which=options.ports, table=port_table.TABLE,
         components={name: b.ported for name, b in built.items() if b.ported is not None},
     )  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from heatsink.runtime.components import kind_of
 from heatsink.runtime.errors import NotBuilt
 from heatsink.runtime.graph.denoisers import (
     ADDED,
@@ -35,10 +36,6 @@ class Interface:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     optional: tuple[str, ...] = ()
-
-
-CONTROL_PREFIX = "controlnet_"
-"""Before the name of a ControlNet, in the name of its component: an engine may have several."""
 
 
 INTERFACES: dict[str, Interface] = {
@@ -119,11 +116,6 @@ def _latent_scale(config: Any) -> tuple[float, float]:
     return float(config.scaling_factor), float(getattr(config, "shift_factor", None) or 0.0)
 
 
-def kind_of(component: str) -> str:
-    """What a component is: its name, or `controlnet` for any of the ControlNets."""
-    return "controlnet" if component.startswith(CONTROL_PREFIX) else component
-
-
 def wrap(
     component: str,
     module: Any,
@@ -133,7 +125,7 @@ def wrap(
     """The component's wrapper around `module`, which becomes its attribute `model`.
 
     Args:
-        component: one of `INTERFACES`, or a ControlNet's name after `CONTROL_PREFIX`.
+        component: one of `INTERFACES`, or a ControlNet's, `controlnet_NAME`.
         module: CLIPTextModel, CLIPTextModelWithProjection, UNet2DConditionModel, ControlNetModel or
             AutoencoderKL.
         text_layer: which hidden states a text encoder gives. SDXL wants the penultimate of both;
@@ -207,7 +199,7 @@ def input_shapes(
     """The shapes of a component's inputs for images of one size.
 
     Args:
-        component: one of `INTERFACES`, or a ControlNet's name after `CONTROL_PREFIX`.
+        component: one of `INTERFACES`, or a ControlNet's, `controlnet_NAME`.
         config: the module's configuration (`module.config` of diffusers and transformers works).
         height: of the *latents* for `unet`, `controlnet` and `vae_decoder`, of the image for
             `vae_encoder`.
