@@ -31,6 +31,7 @@ from heatsink.runtime.adapter_targets import Targets
 from heatsink.runtime.digest import sha256_file
 from heatsink.runtime.errors import InvalidRequest, NonFiniteWeights, NotBuilt, NumericError
 from heatsink.runtime.model import Model
+from heatsink.runtime.model_control import check_name
 
 Progress = Callable[[str, int, int], None]
 MAX_BATCH = 256
@@ -107,6 +108,8 @@ class Options:
             raise InvalidRequest(
                 f"batch: expected 1 <= min <= opt <= max <= {MAX_BATCH}, got {low}:{best}:{high}"
             )
+        for name in self.controlnets:
+            check_name(name)
         for path, scale in self.fuse:
             if not math.isfinite(scale):
                 raise InvalidRequest(f"fuse: expected a finite scale for {path}, got {scale}")
