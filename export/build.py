@@ -83,7 +83,7 @@ class Options:
         Raises:
             NotBuilt: this version has none of that name.
         """
-        return backends.backend(backends.choose(self.backend, ports=self.adapters is not None))
+        return backends.backend(backends.choose(self.backend))
 
     def check(self) -> None:
         """Refuse what can't be built.
@@ -101,8 +101,6 @@ class Options:
         if self.opset is not None and chosen.name != OnnxRuntime.name:
             raise InvalidRequest(f"opset: engines of {chosen.name} hold no ONNX files")
         ported.check_options(self.adapters, self.ports)
-        if self.adapters is not None and chosen.name != OnnxRuntime.name:
-            raise NotBuilt(f"adapter ports are not built yet for {chosen.name}")
         low, best, high = self.batch
         if not 1 <= low <= best <= high <= MAX_BATCH:
             raise InvalidRequest(

@@ -22,15 +22,13 @@ from heatsink.export.manifest import (
     TensorSpec,
 )
 from heatsink.export.parity import check_parity
-from heatsink.export.plan import Plan, Report
+from heatsink.export.plan import DTYPES, Plan, Report
 from heatsink.runtime.backends.session import Session
 from heatsink.runtime.digest import sha256_file
 from heatsink.runtime.graph.capture import capture
 from heatsink.runtime.graph.graph import Graph
 from heatsink.runtime.graph.passes import run_passes
 from heatsink.runtime.model import Model
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)

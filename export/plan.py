@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from heatsink.export import environment
 from heatsink.export.backends import OnnxRuntime
@@ -21,8 +22,13 @@ from heatsink.runtime.text import Tokenizer
 
 Report = Callable[[str, int, int], None]
 # Recorded in the build key: raise it when capture, passes or export change what they make.
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
-"""Of a weight."""
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp8": torch.float8_e4m3fn,
+}
+"""Of weights, by the manifest's precision."""
 RECIPE = 3
 
 
@@ -45,7 +51,7 @@ class Plan:
     def disk_bytes(self) -> int:
         """Bytes its files will take, about; a graph with ports shares the weights of the other."""
         graphs = 1 if self.layout is None else 2
-        return BYTES[self.precision] * self.parameters + graphs * (1 << 20)
+        return DTYPES[self.precision].itemsize * self.parameters + graphs * (1 << 20)
 
     def key(self, strict: bool) -> str:
         """SHA-256 of everything above, the libraries and the processor."""

@@ -20,7 +20,7 @@ from heatsink.runtime.adapter_lease import Lease
 from heatsink.runtime.adapter_mix import Mix
 from heatsink.runtime.adapters import AdapterBank
 from heatsink.runtime.arguments import Adapters, Controls, make_requests
-from heatsink.runtime.backends.session import Array
+from heatsink.runtime.backends.session import Array, Phased
 from heatsink.runtime.buckets import alike
 from heatsink.runtime.conditions import Conditions, encode
 from heatsink.runtime.digest import image_digest
@@ -325,12 +325,28 @@ class Engine:
         for places in alike([tuple(job.latents.shape) for job in jobs]):
             group = [jobs[place] for place in places]
             own = sum(job.rows_left for job in group)
+            self._prepare(group, unet)
             denoise(
                 group,
                 unet,
                 lambda done, _, before=before: report(before + done, total),  # type: ignore[misc]
             )
             before += own
+
+    def _prepare(self, jobs: Sequence[Job], unet: SteeredUNet) -> None:
+        """Let the networks compute before the loop what does not depend on the latents."""
+        conditions = [condition for job in jobs for condition in job.conditions]
+        times = [job.timesteps for job in jobs for _ in job.conditions]
+        for name, inputs, own in unet.ahead(conditions, times):
+            component = self._components.get(name)
+            if isinstance(component, Phased):
+                component.prepare(inputs, own)
+
+    def forget(self) -> None:
+        """Let go of what is kept of earlier requests; the next costs what a first one does."""
+        for component in self._components.values():
+            if isinstance(component, Phased):
+                component.forget()
 
     def _decode(self, jobs: Sequence[Job]) -> list[Any]:
         """Latents to pixels, the images of one size in one batch; in the order of the jobs."""

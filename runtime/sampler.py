@@ -73,6 +73,11 @@ class Job:
         return self.step >= len(self.schedule)
 
     @property
+    def timesteps(self) -> Array:
+        """What the UNet is told at each of the remaining steps, float32 `(steps,)`."""
+        return self.schedule.timesteps[self.step :].astype(np.float32)
+
+    @property
     def rows_left(self) -> int:
         """Rows of the UNet that the remaining steps take."""
         return (len(self.schedule) - self.step) * len(self.conditions)

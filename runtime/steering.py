@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -112,6 +112,29 @@ class SteeredUNet:
             given["sample"] = np.concatenate([given["sample"], kept], axis=1)
         return self._run("unet", {**given, **residuals})["out"]
 
+    def ahead(
+        self, rows: Sequence[Mapping[str, Array]], times: Sequence[Array]
+    ) -> Iterator[tuple[str, dict[str, Array], list[Array]]]:
+        """What can be computed before the loop: a component, its rows' inputs and their times.
+
+        Args:
+            rows: of the UNet, without samples and timesteps.
+            times: the timesteps of each.
+        """
+        if not rows:
+            return
+        stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        owners = stacked.pop(OWNER, None)
+        stacked.pop(KEPT, None)
+        yield "unet", trimmed(stacked), list(times)
+        own = [self._owners[owner] for owner in owners.tolist()] if owners is not None else []
+        for net, places in _steered_rows(own).items():
+            yield (
+                CONTROL_PREFIX + net,
+                _net_inputs(net, stacked, own, places),
+                [times[place] for place in places],
+            )
+
     def _unsteered(self, rows: int) -> dict[str, Array]:
         if not self._nothing or len(next(iter(self._nothing.values()))) < rows:
             self._nothing = _nothing(self._shapes, rows)
@@ -121,15 +144,27 @@ class SteeredUNet:
         self, given: Mapping[str, Array], own: Sequence[Mapping[str, Steer]]
     ) -> dict[str, Array]:
         total = _nothing(self._shapes, len(own))
-        for net in sorted({name for steers in own for name in steers}):
-            rows = [row for row, steers in enumerate(own) if net in steers]
-            inputs = {name: given[name][rows] for name in _SHARED if name in given}
-            inputs["controlnet_cond"] = np.stack([own[row][net].picture for row in rows])
-            scales = [own[row][net].scale for row in rows]
-            inputs["conditioning_scale"] = np.array(scales, np.float32)
+        for net, rows in _steered_rows(own).items():
+            inputs = _net_inputs(net, given, own, rows)
             for name, value in self._run(CONTROL_PREFIX + net, inputs).items():
                 total[name][rows] += value
         return total
+
+
+def _steered_rows(own: Sequence[Mapping[str, Steer]]) -> dict[str, list[int]]:
+    """The ControlNets in the order of their names, and the rows that each steers."""
+    nets = sorted({name for steers in own for name in steers})
+    return {net: [row for row, steers in enumerate(own) if net in steers] for net in nets}
+
+
+def _net_inputs(
+    net: str, given: Mapping[str, Array], own: Sequence[Mapping[str, Steer]], rows: list[int]
+) -> dict[str, Array]:
+    """A ControlNet's inputs for some of the UNet's rows."""
+    inputs = {name: given[name][rows] for name in _SHARED if name in given}
+    inputs["controlnet_cond"] = np.stack([own[row][net].picture for row in rows])
+    inputs["conditioning_scale"] = np.array([own[row][net].scale for row in rows], np.float32)
+    return inputs
 
 
 def _nothing(shapes: Mapping[str, Sequence[int]], rows: int) -> dict[str, Array]:

@@ -52,6 +52,26 @@ class Workspace:
         return self.arena
 
 
+def check_inputs(graph: Graph, inputs: Mapping[str, Tensor]) -> None:
+    """See that inputs are what a graph takes; a float may have another width than its own.
+
+    Raises:
+        InvalidRequest: an input is missing, unknown, of another shape or kind.
+    """
+    graph.check_inputs(inputs)
+    for name, spec in graph.inputs.items():
+        if inputs[name].is_floating_point() != spec.dtype.is_floating_point:
+            raise InvalidRequest(
+                f"{graph.component}: input {name!r} wants {spec.dtype}, got {inputs[name].dtype}"
+            )
+
+
+def _plain(value: Tensor, device: torch.device) -> Tensor:
+    return (
+        value if value.device == device and not value.requires_grad else value.detach().to(device)
+    )
+
+
 class NativeComponent:
     """Runs a graph at any batch size; several threads may call it.
 
@@ -80,7 +100,9 @@ class NativeComponent:
             passes: run on a copy of the graph first.
             workspace: shared with other components, on the same device; its own by default.
             held: inputs by name that every program reads where they are, an adapter bank's say;
-                they stay the caller's, who gives no others of these names.
+                they stay the caller's, who gives no others of these names. Of one with a row for
+                each of the batch a program reads the first rows; it has as many as the largest
+                batch.
 
         Raises:
             ValueError: the workspace is on another device, or a held tensor is not what the graph
@@ -114,6 +136,24 @@ class NativeComponent:
         """Forget the programs; they are built again when they are next needed."""
         self._programs.clear()
 
+    @property
+    def held(self) -> Mapping[str, Tensor]:
+        """The inputs that lie in memory of the caller's."""
+        return self._held
+
+    def hold(self, held: Mapping[str, Tensor]) -> None:
+        """Read other held tensors, of the same names, from now on.
+
+        Raises:
+            ValueError: the names differ, or a tensor is not what the graph takes.
+        """
+        if set(held) != set(self._held):
+            raise ValueError(f"held: expected {sorted(self._held)}, got {sorted(held)}")
+        check_held(self.graph, None, held, self.workspace.device)
+        with self.workspace.lock:
+            self.drop_programs()
+            self._held = dict(held)
+
     def program(self, batch: int) -> Program:
         """The program of a batch size; hold `workspace.lock` while you use it."""
         with self.workspace.lock:
@@ -126,7 +166,7 @@ class NativeComponent:
                     self.graph,
                     batch,
                     self._constants,
-                    held=self._held,
+                    held=self._held_rows(batch),
                     layout=layout,
                     memory=memory,
                     arena=arena,
@@ -155,26 +195,27 @@ class NativeComponent:
     def _rows(self, inputs: Mapping[str, Tensor]) -> int:
         if twice := sorted(set(inputs) & set(self._held)):
             raise InvalidRequest(f"{self.graph.component}: the inputs {twice} are held already")
-        given = {**inputs, **self._held}
-        self.graph.check_inputs(given)
         rows = 1
-        for name, spec in self.graph.inputs.items():
-            value = given[name]
-            if value.is_floating_point() != spec.dtype.is_floating_point:
-                raise InvalidRequest(
-                    f"{self.graph.component}: input {name!r} wants {spec.dtype}, got {value.dtype}"
-                )
-            if BATCH in spec.shape:
+        for name, value in inputs.items():
+            spec = self.graph.inputs.get(name)
+            if spec is not None and BATCH in spec.shape and value.dim() == len(spec.shape):
                 rows = value.shape[spec.shape.index(BATCH)]
         if rows < 1:
             raise InvalidRequest(f"{self.graph.component}: expected at least 1 row, got {rows}")
+        check_inputs(self.graph, {**inputs, **self._held_rows(rows)})
         return rows
+
+    def _held_rows(self, batch: int) -> dict[str, Tensor]:
+        """What a program of a batch size reads where it is."""
+        batched = {name for name in self._held if self.graph.inputs[name].shape[:1] == (BATCH,)}
+        return {n: v[:batch] if n in batched else v for n, v in self._held.items()}
 
     def _load(self) -> dict[str, Tensor]:
         device = self.workspace.device
         with torch.no_grad():
             return {
-                name: weight.load().detach().to(device)
+                # As it is where it can be: components of one graph share what is packed of it.
+                name: _plain(weight.load(), device)
                 for name, weight in self.graph.weights.items()
             }
 

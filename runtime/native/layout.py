@@ -13,8 +13,11 @@ from heatsink.runtime.graph.graph import BATCH, WEIGHT_KEY, Graph, input_name
 from heatsink.runtime.memory import Lifetime
 
 _ITEM = "{}:{}"
+# Operators whose result may lie where their first argument did.
+_IN_PLACE = {"heatsink.row_port.default"}
 _CONV2D = "heatsink.conv2d.default"
-_SIZE = "aten.sym_size.int"
+# Beside it, these read an input of any strides.
+_ANY_STRIDES = {"aten.sym_size.int", "heatsink.row_port.default"}
 
 
 @dataclass
@@ -25,6 +28,7 @@ class Layout:
         values: meta tensors (or tuples of them, or numbers) of every node.
         roots: for a tensor's `(node, place)`, the one whose memory it lies in; place 0 for a node
             that gives one tensor.
+        in_place: nodes that change their first argument's memory, which nothing else reads.
         constant: nodes that depend on weights and literals alone.
         held: inputs that lie in memory of the caller's.
         lifetimes: of the roots that the program must hold; constants, weights and what is held are
@@ -33,6 +37,7 @@ class Layout:
 
     values: dict[fx.Node, Any] = field(default_factory=dict)
     roots: dict[tuple[fx.Node, int], tuple[fx.Node, int]] = field(default_factory=dict)
+    in_place: set[fx.Node] = field(default_factory=set)
     constant: set[fx.Node] = field(default_factory=set)
     held: set[fx.Node] = field(default_factory=set)
     lifetimes: list[Lifetime] = field(default_factory=list)
@@ -80,8 +85,8 @@ def lay_out(graph: Graph, batch: int, held: Collection[str] = ()) -> Layout:
 
 def _read_as_image(node: fx.Node) -> bool:
     """Whether only convolutions of this package read an input: they want channels innermost."""
-    readers = {str(user.target) for user in node.users} - {_SIZE}
-    return readers == {_CONV2D}
+    readers = {str(user.target) for user in node.users}
+    return _CONV2D in readers and readers <= _ANY_STRIDES | {_CONV2D}
 
 
 def _image(value: Tensor) -> Tensor:
@@ -136,7 +141,22 @@ def _find_roots(nodes: Sequence[fx.Node], layout: Layout) -> None:
             continue
         for place, value in enumerate(tensors(layout.values[node])):
             storage = value.untyped_storage()._cdata
+            if _may_change(node, value, layout):
+                layout.in_place.add(node)
+                owners[storage] = layout.roots[node.args[0], 0]  # type: ignore[index]
             layout.roots[node, place] = owners.setdefault(storage, (node, place))
+
+
+def _may_change(node: fx.Node, value: Tensor, layout: Layout) -> bool:
+    """Whether a node's result can lie in its first argument, which nothing reads later."""
+    if str(node.target) not in _IN_PLACE:
+        return False
+    given: Any = node.args[0]
+    if given.op != "call_function" or list(given.users) != [node]:
+        return False
+    before = layout.values[given]
+    owned = layout.roots[given, 0] == (given, 0) or given in layout.in_place
+    return owned and before.dtype == value.dtype and before.stride() == value.stride()
 
 
 def _find_constants(nodes: Sequence[fx.Node], layout: Layout) -> None:

@@ -186,7 +186,9 @@ class Program:
         return self._device if isinstance(value, torch.device) else value
 
     def _is_view(self, node: fx.Node) -> bool:
-        """Whether every tensor of the node lies in memory that another node made."""
+        """Whether every tensor of the node is what another node made and left there."""
+        if node in self._layout.in_place:
+            return False
         count = len(tensors(self._layout.values[node]))
         return all(self._layout.roots[node, place][0] is not node for place in range(count))
 

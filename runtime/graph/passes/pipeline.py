@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from heatsink.runtime.graph.passes.dead_code import remove_dead_code
 from heatsink.runtime.graph.passes.drop_noops import drop_noop_nodes
 from heatsink.runtime.graph.passes.epilogues import fuse_epilogues
@@ -19,6 +21,8 @@ from heatsink.runtime.graph.passes.merge_equal import merge_equal_nodes
 from heatsink.runtime.graph.passes.pack_projections import pack_projections
 from heatsink.runtime.graph.passes.protocol import Pass, to_fixpoint
 from heatsink.runtime.graph.passes.residual_tokens import add_residuals_to_tokens
+from heatsink.runtime.graph.passes.row_ports import ROOM, add_row_ports
+from heatsink.runtime.port_layout import PortLayout
 
 _CLEAN = to_fixpoint(drop_noop_nodes, fold_scales, remove_dead_code)
 PASSES_ONNX: tuple[Pass, ...] = (_CLEAN,)
@@ -45,3 +49,18 @@ NATIVE: dict[str, Pass] = {
     "finish": to_fixpoint(settle_layouts, drop_noop_nodes, remove_dead_code),
 }
 PASSES_NATIVE: tuple[Pass, ...] = tuple(NATIVE.values())
+
+
+def native_passes(
+    layout: PortLayout | None = None, unused: Collection[str] = (), *, room: int = ROOM
+) -> tuple[Pass, ...]:
+    """The passes of the native engine, with adapter ports at their end.
+
+    Args:
+        layout: of the component's ports; without one these are `PASSES_NATIVE`.
+        unused: modules of the layout that the graph does not use.
+        room: adapters of a row, at most.
+    """
+    if layout is None:
+        return PASSES_NATIVE
+    return (*PASSES_NATIVE, add_row_ports(layout, unused, room=room))
