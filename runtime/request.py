@@ -202,7 +202,7 @@ class Request(BaseModel):
             elif field is None:
                 text = f"{name}: no such field; expected one of {', '.join(cls.model_fields)}"
             elif item["type"] == "missing":
-                text = f"{name}: expected {field.description}, got nothing"
+                text = f"{'.'.join(path)}: expected {field.description}, got nothing"
             else:
                 text = (
                     f"{'.'.join(path)}: expected {field.description}, got {_shown(item['input'])}"
