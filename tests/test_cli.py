@@ -87,8 +87,6 @@ def refused(outcome: Outcome, message: str, code: int = 2) -> None:
         (["--adapters", "4x513"], "InvalidRequest: adapters: expected 1 to 512 rank, got 513"),
         (["--ports", "some"], "InvalidRequest: ports: expected one of all, linear, attention"),
         (["--controlnet", "folder"], "ModelError: controlnet 'folder': there is no folder folder"),
-        (["--controlnet", "a="], "InvalidRequest: --controlnet: expected NAME=FOLDER, got 'a='"),
-        (["--controlnet", "a=b", "--controlnet", "a=c"], "--controlnet: two are called 'a'"),
         (["--controlnet", "A=b"], "InvalidRequest: controlnet: expected a name of up to 40 of"),
         (["--arch", "sm90"], "NotBuilt: --arch sm90: not built yet"),
         (["--size", "64x64:128x128"], "NotBuilt: --size 64x64:128x128: a range of sizes"),
@@ -233,34 +231,6 @@ def test_generate_from_a_picture(run: Run, sd1_folder: Path, sd1_engine: Engine)
     assert entry["receipt"]["steps"] == 2
 
 
-def test_generate_behind_a_mask(run: Run, sd1_folder: Path, sd1_engine: Engine) -> None:
-    start = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
-    mask = Image.new("L", (64, 64))
-    mask.paste(255, (0, 0, 32, 64))
-    start.save("start.png")
-    mask.save("mask.png")
-    outcome = run(
-        "generate", "a cat", "--engine", sd1_folder, "--image", "start.png", "--mask", "mask.png",
-        "--steps", 2, "-q",
-    )  # fmt: skip
-    assert outcome.code == 0, outcome
-    (entry,) = json.loads(Path("out/receipts.json").read_text())
-    mine = sd1_engine.generate("a cat", image=start, mask=mask, steps=2)
-    assert entry["receipt"]["image"] == mine.receipts[0].image
-    assert entry["receipt"]["steps"] == 2
-
-
-def test_controlnets_and_their_pictures_are_named() -> None:
-    assert flags.parse_controls(["lines=a.png:0.5", "depth=b/c=d.png"]) == {
-        "lines": (Path("a.png"), 0.5),
-        "depth": (Path("b/c=d.png"), 1.0),
-    }
-    assert flags.parse_controlnets(["lines=nets/a", "nets/depth/"]) == {
-        "lines": Path("nets/a"),
-        "depth": Path("nets/depth/"),
-    }
-
-
 def test_generate_says_once_what_was_cut(run: Run, sd1_folder: Path) -> None:
     outcome = run("generate", LONG, "--engine", sd1_folder, "--steps", 1, "-n", 3, "-q")
     assert outcome.code == 0, outcome
@@ -285,11 +255,6 @@ def test_generate_says_once_what_was_cut(run: Run, sd1_folder: Path) -> None:
         (["--size", "128x64"], "NotBuilt: height: this engine was built for 64 pixels, got 128"),
         (["--strength", "0.5"], "strength: expected an image beside it"),
         (["--image", "missing.png"], "--image: missing.png can't be read"),
-        (["--mask", "missing.png"], "--mask: missing.png can't be read"),
-        (["--control", "lines"], "--control: expected NAME=IMAGE:SCALE, got 'lines'"),
-        (["--control", "a=b.png", "--control", "a=c.png"], "--control: 'a' is given twice"),
-        (["--control", "a=b.png:much"], "--control: expected IMAGE:SCALE, such as lines.png:0.8"),
-        (["--control", "a=missing.png"], "--control: missing.png can't be read"),
         (["-n", "0"], "-n: expected at least 1, got 0"),
         (["--engine", "nowhere"], "EngineMismatch: nowhere is not an engine folder"),
         (["--out", "file"], "CallerError: file can't be written"),

@@ -72,7 +72,8 @@ def diffusers_paints(monkeypatch: pytest.MonkeyPatch) -> Paint:
             draw = noise.normal(5, noise.ENCODE if whole else noise.ENCODE_KEPT, 0, LATENT)
             with torch.no_grad():
                 posterior = pipe.vae.encode(image).latent_dist
-            return (posterior.mean + posterior.std * draw) * pipe.vae.config.scaling_factor
+            latents: torch.Tensor = posterior.mean + posterior.std * draw
+            return latents * float(pipe.vae.config.scaling_factor)
 
         monkeypatch.setattr(pipe, "_encode_vae_image", encode)
         first = noise.normal_rows([5], noise.INITIAL, 0, LATENT)
@@ -170,7 +171,8 @@ def test_an_inpainting_models_are_those_of_diffusers(
 
 
 def test_an_inpainting_model_wants_a_mask(painter: Engine) -> None:
-    for given in ({}, {"image": picture(1)}):
+    arguments: list[dict[str, Any]] = [{}, {"image": picture(1)}]
+    for given in arguments:
         with pytest.raises(InvalidRequest, match="expected an image and a mask, since this is an"):
             painter.generate("a cat", **given)
 
