@@ -292,6 +292,7 @@ def _manifest(
         backend=options.chosen.name,
         libraries=environment.libraries(),
         device=environment.processor(),
+        identity=environment.identity(),
         source=source,
         shapes=Shapes(
             batch=Range(min=low, opt=best, max=high),

@@ -151,8 +151,10 @@ def measure(
     )
 
 
-def check(session: Session, inputs: list[TensorSpec], known: KnownAnswer, bucket: int) -> None:
-    """Run the known answer's first `bucket` rows and compare.
+def check(
+    session: Session, inputs: list[TensorSpec], known: KnownAnswer, bucket: int, hint: str = ""
+) -> None:
+    """Run the known answer's first `bucket` rows and compare; `hint` ends the message.
 
     Raises:
         EngineMismatch: this machine or library gives other bits than the one that built the engine.
@@ -164,5 +166,5 @@ def check(session: Session, inputs: list[TensorSpec], known: KnownAnswer, bucket
         raise EngineMismatch(
             f"{session.name}: batch {bucket} does not give the known answer here (rows "
             f"{wrong[:8]}); results would not be the ones this engine was built for. Build it "
-            "again on this machine with `heatsink build MODEL -o ENGINE`"
+            f"again on this machine with `heatsink build MODEL -o ENGINE`{hint}"
         )

@@ -236,13 +236,19 @@ class Preflight(_Section):
 
 
 class Manifest(_Section):
-    """Everything a runtime must know of an engine folder before it opens a single artefact."""
+    """Everything a runtime must know of an engine folder before it opens a single artefact.
+
+    `identity` is what else may change bits: instruction set, threads, C++ or PyTorch ops.
+    """
+
+    later: ClassVar[frozenset[str]] = frozenset({"identity"})
 
     schema_version: int = SCHEMA_VERSION
     heatsink_version: str
     backend: Backend
     libraries: dict[str, str]
     device: str
+    identity: dict[str, str] = {}
     source: Source
     shapes: Shapes
     components: dict[str, Component]

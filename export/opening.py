@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from heatsink.export import exactness
+from heatsink.export import environment, exactness
 from heatsink.export.backends import Native, backend
 from heatsink.export.manifest import Component, KnownAnswer, Manifest, read_manifest
 from heatsink.export.opening_ports import PortedComponent
@@ -45,8 +45,9 @@ class OpenComponent:
         component: Component,
         known: KnownAnswer,
         planned: Callable[[int, Sequence[int]], list[int]] = plan,
+        hint: str = "",
     ) -> None:
-        self._planned = planned
+        self._planned, self._hint = planned, hint
         self._session, self._component, self._known = session, component, known
         self._checked: set[int] = set()
 
@@ -62,7 +63,7 @@ class OpenComponent:
             EngineMismatch: the answer differs from the one at build time.
         """
         if bucket not in self._checked and self._known.answers:
-            exactness.check(self._session, self._component.inputs, self._known, bucket)
+            exactness.check(self._session, self._component.inputs, self._known, bucket, self._hint)
         self._checked.add(bucket)
 
     def check_first(self) -> None:
@@ -227,7 +228,7 @@ def open_engine(
             opened = _open_ported(manifest, name, layouts[name], bank, opener)
         else:
             known = manifest.exactness.components[name]
-            opened = OpenComponent(opener(), component, known, runs)
+            opened = OpenComponent(opener(), component, known, runs, _hint(manifest))
         opened.check_first()
         components[name] = opened
         if progress:
@@ -245,6 +246,7 @@ def _open_ported(
     """A component with ports: on the bank's memory, or with its tensors as inputs of every run."""
     component, ported = manifest.components[name], manifest.ports.components[name]
     known, runs = manifest.exactness.components[name], backend(manifest.backend).runs
+    hint = _hint(manifest)
     tensors: Mapping[str, Tensor] = bank.tensors(name)
     open_ported: Callable[[], Session] = functools.partial(opener, ported=True)
     if manifest.backend == Native.name:
@@ -254,14 +256,21 @@ def _open_ported(
     else:
         twin = opener()
     return PortedComponent(
-        OpenComponent(twin, component, known, runs),
+        OpenComponent(twin, component, known, runs, hint),
         component.inputs,
         ported,
         layout,
         tensors,
         open_ported,
         runs,
+        hint,
     )
+
+
+def _hint(manifest: Manifest) -> str:
+    """What is another here than where the engine was built, for messages."""
+    found = environment.differences(manifest.device, manifest.libraries, manifest.identity)
+    return f" (it was built with {'; '.join(found)})" if found else ""
 
 
 def _open_bank(

@@ -46,6 +46,7 @@ class PortedComponent:
             with ports was opened on them.
         opener: opens the graph with ports.
         planned: chooses the buckets of a number of rows.
+        hint: what the refusal of another answer ends with.
     """
 
     def __init__(
@@ -57,8 +58,9 @@ class PortedComponent:
         bank: Mapping[str, Tensor],
         opener: Callable[[], Session],
         planned: Callable[[int, Sequence[int]], list[int]] = plan,
+        hint: str = "",
     ) -> None:
-        self._planned = planned
+        self._planned, self._hint = planned, hint
         self._twin, self._inputs, self._ported, self._layout = twin, inputs, ported, layout
         self._bank = {name: tensor.numpy() for name, tensor in bank.items()}
         self._opener = opener
@@ -168,6 +170,6 @@ class PortedComponent:
         known, counts = self._ported.known, self._ported.counts
         if (bucket, room) not in self._checked and known.answers:
             ported_exactness.check(
-                self._open(), self._inputs, self._layout, counts, known, bucket, room
+                self._open(), self._inputs, self._layout, counts, known, bucket, room, self._hint
             )
         self._checked.add((bucket, room))

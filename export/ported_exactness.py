@@ -207,11 +207,12 @@ def check(
     known: KnownAnswer,
     bucket: int,
     room: int,
+    hint: str = "",
 ) -> None:
     """Run rows of the known answer in one batch size and with room for `room`, and compare.
 
     A row's bits don't depend on the room, so the same answers serve each: of the rows whose
-    adapters fit, as often as the batch has places.
+    adapters fit, as often as the batch has places. `hint` ends the message.
 
     Raises:
         EngineMismatch: this machine or library gives other bits than the one that built the engine.
@@ -227,5 +228,5 @@ def check(
             f"{session.name} with adapters: batch {bucket} with room for {room} a row does not "
             f"give the known answer here (rows {wrong[:8]}); results would not be the ones this "
             "engine was built for. Build it again on this machine with `heatsink build MODEL -o "
-            "ENGINE`"
+            f"ENGINE`{hint}"
         )

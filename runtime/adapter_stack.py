@@ -1,4 +1,4 @@
-"""An adapter in host memory as the bank stacks it, so that a load is two copies a group of ports.
+"""An adapter in host memory as the bank stacks it, so that a load is three copies a group of ports.
 
 The scale of a module (alpha / rank) goes into its `b`: the product is taken in float64 and rounded
 once to the bank's dtype (`a` is converted to it), so a row's scale is its request's weight alone.

@@ -116,6 +116,53 @@ def sdxl_onnx_engine(sdxl_onnx_folder: Path) -> Any:
     return heatsink.load(sdxl_onnx_folder, threads=1)
 
 
+@pytest.fixture(scope="session")
+def sd1_ported_folder(
+    tiny_sd1: Path, sd1_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """`sd1_folder` with ports for 3 adapters of rank 4. Don't change it."""
+    import heatsink
+
+    out = tmp_path_factory.mktemp("engines") / "ported"
+    heatsink.build(tiny_sd1, out, batch=(1, 2, 4), adapters=(3, 4), reuse=[sd1_folder])
+    return out
+
+
+@pytest.fixture(scope="session")
+def sd1_styles(tiny_sd1: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Five LoRA files of rank 3, each on every second layer of UNet and text encoder."""
+    import torch
+
+    from heatsink.runtime.adapter_delta import AdapterDelta
+    from heatsink.runtime.adapter_targets import Targets
+    from heatsink.runtime.adapter_write import write_adapter
+    from heatsink.runtime.model import Model
+
+    targets, folder = Targets.of(Model.open(tiny_sd1)), tmp_path_factory.mktemp("styles")
+    found = {}
+    for seed, name in enumerate("ABCDE"):
+        draw, deltas = torch.Generator().manual_seed(seed), []
+        for component in ("text_encoder", "unet"):
+            for module, shape in sorted(targets.shapes[component].items())[seed % 2 :: 2]:
+                a = torch.randn(3, *shape[1:], generator=draw) / 10
+                b = torch.randn(shape[0], 3, generator=draw) / 10
+                deltas.append(AdapterDelta(component, module, a, b, 0.5))
+        found[name] = folder / f"{name}.safetensors"
+        write_adapter(found[name], deltas)
+    return found
+
+
+@pytest.fixture(scope="session")
+def sd1_styled_engine(sd1_ported_folder: Path, sd1_styles: dict[str, Path]) -> Any:
+    """The tiny engine with ports and the styles A to E."""
+    import heatsink
+
+    opened = heatsink.load(sd1_ported_folder, threads=1)
+    for name, path in sd1_styles.items():
+        opened.add_adapter(name, path)
+    return opened
+
+
 def build_engine(model: Path, out: Path, backend: str, **options: Any) -> Path:
     """Build the small engine that tests of the runtime share."""
     import heatsink

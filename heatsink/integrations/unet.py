@@ -13,12 +13,22 @@ from heatsink.runtime.errors import InvalidRequest
 from heatsink.runtime.graph import denoisers
 from heatsink.runtime.graph.denoisers import ADDED, residual_names
 
+_ADAPTERS = frozenset(
+    {
+        "load_lora_adapter", "unload_lora", "fuse_lora", "unfuse_lora", "set_adapters",
+        "set_adapter", "add_adapter", "delete_adapters", "disable_lora", "enable_lora",
+        "disable_adapters", "enable_adapters", "active_adapters",
+        "save_lora_adapter",
+    }
+)  # fmt: skip
+
 
 class UNet(Replacement):
     """Stands for a UNet2DConditionModel."""
 
     # SDXL's pipelines read from it how many conditions the network wants.
     kept = frozenset({"add_embedding"})
+    changing = _ADAPTERS
 
     def forward(
         self,
@@ -79,6 +89,8 @@ class UNet(Replacement):
 
 class ControlNet(Replacement):
     """Stands for a ControlNetModel."""
+
+    changing = _ADAPTERS
 
     def forward(
         self,

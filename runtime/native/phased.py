@@ -4,11 +4,15 @@ What depends on a request or a schedule alone is computed once, and lies in memo
 program reads where it is: a step copies in the latents and nothing else, while the rows stay what
 they were. Values are known by the digest of the inputs that they depend on, so they outlive a call
 and are shared by rows that ask for the same.
+
+Rows are computed in few batch sizes, whatever number of them is missing; so a phase with operators
+whose results may depend on the batch (`heatsink.runtime.native.exact`) is computed in one size
+only, filled up, or its values would depend on what was asked before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,14 +23,17 @@ from heatsink.runtime.graph.cost import Cost, costs, total
 from heatsink.runtime.graph.graph import BATCH, Graph
 from heatsink.runtime.graph.phases import Phase, Phases, split
 from heatsink.runtime.native.component import NativeComponent, Workspace, check_inputs
+from heatsink.runtime.native.exact import inexact
 from heatsink.runtime.native.layout import lay_out
-from heatsink.runtime.native.values import Digests, Key, Store, digest, joined
+from heatsink.runtime.native.phase_keys import PhaseKeys
+from heatsink.runtime.native.shared_weights import SharedWeights
+from heatsink.runtime.native.values import Key, Store, digest
 
 KEEP_BYTES = 1 << 28
 """What a component keeps of values between calls, by default."""
 TIMESTEP = "timestep"
-# Rows of a phase that are computed at once; more take several runs.
-_LARGEST = 16
+SIZES = (1, 2, 4, 8, 16)
+"""Rows of a phase that are computed at once, by default; more take several runs."""
 Fetch = Callable[[str, Tensor], Tensor]
 
 
@@ -63,7 +70,9 @@ class PhasedComponent:
         device: torch.device | str = "cpu",
         workspace: Workspace | None = None,
         held: Mapping[str, Tensor] | None = None,
+        weights: SharedWeights | None = None,
         keep_bytes: int = KEEP_BYTES,
+        sizes: Sequence[int] = SIZES,
     ) -> None:
         """Take the graph; nothing is loaded or built yet.
 
@@ -73,14 +82,24 @@ class PhasedComponent:
             workspace: shared with other components, on the same device; its own by default.
             held: inputs that are read where they are, as `NativeComponent` takes them. What depends
                 on them is kept by the keys that the caller gives `run` for their users.
+            weights: shared with graphs of the same module; its own by default.
             keep_bytes: how much of values is kept that no row needs now.
+            sizes: batch sizes in which phases are computed, ascending; the largest alone for a
+                phase whose results may depend on it.
+
+        Raises:
+            ValueError: the workspace is on another device, a held tensor is not what the graph
+                takes, or `sizes` is empty, not ascending or not positive.
         """
+        if not sizes or sizes[0] < 1 or list(sizes) != sorted(set(sizes)):
+            raise ValueError(f"sizes: expected ascending batch sizes, got {list(sizes)}")
         self.graph = graph
         self.workspace = workspace or Workspace(device)
         self.phases: Phases = split(graph)
         self._held = dict(held or {})
+        weights = weights or SharedWeights(device)
         self._store = Store(keep_bytes)
-        self._digests: dict[str, Digests] = {}
+        self._keys = PhaseKeys(graph, self.phases, self._held)
         self._rows: dict[Phase, int] = {}
         self._copies: dict[Phase, int] = {}
         self._parts: dict[Phase, NativeComponent] = {
@@ -88,12 +107,17 @@ class PhasedComponent:
                 part,
                 device=device,
                 workspace=self.workspace,
+                weights=weights,
                 held={name: value for name, value in self._held.items() if name in part.inputs},
             )
             for phase, part in self.phases.graphs.items()
             if phase != Phase.STEP
         }
-        self._bases: dict[Phase, list[str]] = {phase: self._base(phase) for phase in self._parts}
+        self._sizes: dict[Phase, Sequence[int]] = {
+            phase: sizes[-1:] if inexact(part.graph) else sizes
+            for phase, part in self._parts.items()
+        }
+        self._shapes = self._handed_shapes()
         # What the step reads of other phases, and for each of them the key of what lies in a row.
         self._buffers = self._make_buffers(1)
         self._lying: dict[Phase, list[Key | None]] = {phase: [None] for phase in self._parts}
@@ -102,6 +126,7 @@ class PhasedComponent:
             self.phases.graphs[Phase.STEP],
             device=device,
             workspace=self.workspace,
+            weights=weights,
             held={**own, **self._buffers},
         )
 
@@ -113,8 +138,12 @@ class PhasedComponent:
     @property
     def kept_bytes(self) -> int:
         """Values that are kept by key, and where the step reads them."""
-        buffers = sum(value.nbytes for value in self._buffers.values())
-        return self._store.bytes + buffers
+        return self._store.bytes + self.buffer_bytes
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Where the step reads values of other phases, for the largest batch until now."""
+        return sum(value.nbytes for value in self._buffers.values())
 
     def reserve(self, batch: int) -> None:
         """Make room for this batch size, so that smaller programs stay when it comes."""
@@ -126,10 +155,23 @@ class PhasedComponent:
         """Let go of all values that are kept."""
         with self.workspace.lock:
             self._store.clear()
-            for digests in self._digests.values():
-                digests.forget()
+            self._keys.forget()
             for lying in self._lying.values():
                 lying[:] = [None] * len(lying)
+
+    def reload(self, parameters: Container[str]) -> None:
+        """Read the weights that are made of these parameters again before the next run.
+
+        Values that a phase computed with them go.
+
+        Args:
+            parameters: names that the graph's origins have.
+        """
+        with self.workspace.lock:
+            stale = [part.reload(parameters) for part in self._parts.values()]
+            self._step.reload(parameters)
+            if any(stale):
+                self.forget()
 
     def uses(self, rows: int = 1) -> dict[Phase, Use]:
         """Every phase's cost for a row, its launches in a run of `rows`, and how often it ran."""
@@ -154,20 +196,21 @@ class PhasedComponent:
 
         Args:
             inputs: every input of the whole graph by name that is not held.
-            keys: for inputs whose bytes don't say what they mean (an adapter's slot), a key of each
-                row that does.
+            keys: for inputs whose bytes don't say what they mean (an adapter's slot), or are many
+                and known already, a key of each row that does.
 
         Returns:
             The outputs by name; they are the caller's own.
 
         Raises:
-            InvalidRequest: an input is missing, unknown, of another shape or kind; no rows.
+            InvalidRequest: an input is missing, unknown, of another shape or kind; no rows; keys of
+                what is no input, or too few; none where what is kept depends on a held input.
         """
         rows = self._check(inputs)
         with self.workspace.lock:
-            known = self._input_keys(inputs, keys or {}, rows)
-            wanted = {phase: self._phase_keys(phase, known) for phase in self._parts}
-            self._compute(wanted, lambda name, places: inputs[name][places])
+            known = self._keys.of_inputs(inputs, keys or {}, rows)
+            wanted = {phase: self._keys.of_phase(phase, known) for phase in self._parts}
+            self._compute(wanted, lambda name, places: inputs[name][places], inputs)
             self._fit(rows)
             self._lay(wanted)
             graph = self.phases.graphs[Phase.STEP]
@@ -186,34 +229,64 @@ class PhasedComponent:
     ) -> None:
         """Compute ahead, batched, what `run` will need for these rows at these times.
 
+        All of it is kept until another call needs the memory.
+
         Args:
             inputs: the inputs that a request decides, by name; what changes every step may lack.
             timesteps: for every row the times it will be run at, `(steps,)`.
-            keys: as in `run`.
+            keys: as in `run`; of `timestep` there are none.
 
         Raises:
-            InvalidRequest: there are not as many `timesteps` as rows, or an input is missing.
+            InvalidRequest: there are not as many `timesteps` as rows, or an input is missing, of
+                another shape or kind; or keys are as `run` refuses them.
         """
-        rows = len(timesteps)
-        needed = {name for base in self._bases.values() for name in base} - {TIMESTEP}
-        if missing := sorted(needed - set(inputs)):
-            raise InvalidRequest(f"{self.graph.component}: prepare lacks the inputs {missing}")
-        if short := sorted(name for name in needed if len(inputs[name]) != rows):
-            raise InvalidRequest(f"prepare: {rows} rows have timesteps, not as many {short[0]!r}")
+        rows, keys = len(timesteps), keys or {}
+        self._check_prepared(inputs, timesteps, keys)
         if not rows:
             return
         with self.workspace.lock:
             counts = torch.tensor([len(each) for each in timesteps])
             owners = torch.repeat_interleave(torch.arange(rows), counts)
             times = torch.cat(list(timesteps))
-            by_row = self._input_keys({n: inputs[n] for n in needed}, keys or {}, rows)
-            known = {n: [by_row[n][owner] for owner in owners.tolist()] for n in needed}
+            given = {name: value for name, value in inputs.items() if name != TIMESTEP}
+            by_row = self._keys.of_inputs(given, keys, rows)
+            known = {n: [of[owner] for owner in owners.tolist()] for n, of in by_row.items()}
             known[TIMESTEP] = [digest(time) for time in times]
+            wanted = {phase: self._keys.of_phase(phase, known) for phase in self._parts}
             self._compute(
-                {phase: self._phase_keys(phase, known) for phase in self._parts},
+                wanted,
                 lambda n, places: times[places] if n == TIMESTEP else inputs[n][owners[places]],
+                inputs,
             )
-            self._store.trim()
+            self._store.trim({key for each in wanted.values() for key in each})
+
+    def _check_prepared(
+        self,
+        inputs: Mapping[str, Tensor],
+        timesteps: Sequence[Tensor],
+        keys: Mapping[str, Sequence[Key]],
+    ) -> None:
+        rows, name = len(timesteps), self.graph.component
+        needed = self._keys.needed - {TIMESTEP, *self._held}
+        if missing := sorted(needed - set(inputs)):
+            raise InvalidRequest(f"{name}: prepare lacks the inputs {missing}")
+        if TIMESTEP in keys:
+            raise InvalidRequest(f"{name}: prepare takes no keys of {TIMESTEP!r}")
+        for each in sorted(needed):
+            spec, value = self.graph.inputs[each], inputs[each]
+            shape = tuple(rows if size == BATCH else size for size in spec.shape)
+            same_kind = value.is_floating_point() == spec.dtype.is_floating_point
+            if tuple(value.shape) != shape or not same_kind:
+                raise InvalidRequest(
+                    f"{name}: prepare wants {each!r} {shape} {spec.dtype} for {rows} rows with "
+                    f"timesteps, got {tuple(value.shape)} {value.dtype}"
+                )
+        for times in timesteps:
+            if times.dim() != 1 or not times.is_floating_point():
+                raise InvalidRequest(
+                    f"{name}: prepare wants float timesteps (steps,) of each row, "
+                    f"got {tuple(times.shape)} {times.dtype}"
+                )
 
     def _check(self, inputs: Mapping[str, Tensor]) -> int:
         if twice := sorted(set(inputs) & set(self._held)):
@@ -225,48 +298,24 @@ class PhasedComponent:
             raise InvalidRequest(f"{self.graph.component}: expected at least 1 row, got {rows}")
         return rows
 
-    def _base(self, phase: Phase) -> list[str]:
-        """The inputs of the whole graph that a phase's values depend on, row by row."""
-        graph, handed = self.phases.graphs[phase], self.phases.sources[phase]
-        names = {name for name in graph.inputs if name not in handed and name not in self._held}
-        for source in set(handed.values()):
-            names.update(self._base(source))
-        return sorted(names)
-
-    def _input_keys(
-        self, inputs: Mapping[str, Tensor], keys: Mapping[str, Sequence[Key]], rows: int
-    ) -> dict[str, Sequence[Key]]:
-        """A key of every row, for every input that a phase depends on."""
-        for name, given in keys.items():
-            if len(given) != rows:
-                raise InvalidRequest(f"keys: expected {rows} of {name!r}, got {len(given)}")
-        found: dict[str, Sequence[Key]] = {}
-        for name in dict.fromkeys(name for base in self._bases.values() for name in base):
-            if name in keys:
-                found[name] = keys[name]
-            elif name in inputs:
-                found[name] = self._digests.setdefault(name, Digests()).of(inputs[name])
-        return found
-
-    def _phase_keys(self, phase: Phase, known: Mapping[str, Sequence[Key]]) -> list[Key]:
-        base = self._bases[phase]
-        label = f"{phase} {' '.join(base)} ".encode()
-        rows = zip(*(known[name] for name in base), strict=True)
-        return [joined([label, *row]) for row in rows]
-
-    def _compute(self, wanted: Mapping[Phase, Sequence[Key]], fetch: Fetch) -> None:
+    def _compute(
+        self,
+        wanted: Mapping[Phase, Sequence[Key]],
+        fetch: Fetch,
+        fixed: Mapping[str, Tensor],
+    ) -> None:
         """See that the store has the values of all keys; the phases come in order.
 
-        `fetch` gives an input's rows at places of the keys.
+        `fetch` gives an input's rows at places of the keys, `fixed` holds the inputs without rows.
         """
         for phase, keys in wanted.items():
             missing: dict[Key, int] = {}
             for place, key in enumerate(keys):
                 if key not in self._store:
                     missing.setdefault(key, place)
-            places = list(missing.values())
-            for start in range(0, len(places), _LARGEST):
-                self._compute_rows(phase, places[start : start + _LARGEST], wanted, fetch)
+            places, largest = list(missing.values()), self._sizes[phase][-1]
+            for start in range(0, len(places), largest):
+                self._compute_rows(phase, places[start : start + largest], wanted, fetch, fixed)
 
     def _compute_rows(
         self,
@@ -274,18 +323,21 @@ class PhasedComponent:
         places: list[int],
         wanted: Mapping[Phase, Sequence[Key]],
         fetch: Fetch,
+        fixed: Mapping[str, Tensor],
     ) -> None:
         part, handed = self._parts[phase], self.phases.sources[phase]
         # Few sizes, so that few programs are made; the rows that fill them up are dropped.
-        size = 1 << (len(places) - 1).bit_length()
+        size = next(size for size in self._sizes[phase] if size >= len(places))
         filled = places + places[:1] * (size - len(places))
         given = {}
         for name in part.graph.inputs:
             if name in handed:
                 keys = [wanted[handed[name]][place] for place in filled]
                 given[name] = torch.stack([self._store.get(key)[name] for key in keys])
-            elif name not in self._held:
+            elif name in self._keys.rows[phase]:
                 given[name] = fetch(name, torch.tensor(filled))
+            elif name not in self._held:
+                given[name] = fixed[name]
         out = part.program(size).run(given)
         for row, place in enumerate(places):
             values = {name: value[row].clone() for name, value in out.items()}
@@ -301,16 +353,16 @@ class PhasedComponent:
         for phase, keys in wanted.items():
             names = [name for name, home in handed.items() if home == phase]
             lying = self._lying[phase]
-            for row, key in enumerate(keys if names else ()):
-                if lying[row] == key:
-                    continue
-                values = self._store.get(key)
+            changed = [row for row, key in enumerate(keys) if lying[row] != key] if names else []
+            for first, end in _runs(changed):
+                values = [self._store.get(key) for key in keys[first:end]]
                 # Until all of it is there, nothing is.
-                lying[row] = None
+                lying[first:end] = [None] * (end - first)
                 for name in names:
-                    self._buffers[name][row].copy_(values[name])
-                lying[row] = key
-                self._copies[phase] = self._copies.get(phase, 0) + 1
+                    rows = [value[name] for value in values]
+                    torch.stack(rows, out=self._buffers[name][first:end])
+                lying[first:end] = keys[first:end]
+            self._copies[phase] = self._copies.get(phase, 0) + len(changed)
 
     def _fit(self, batch: int) -> None:
         """Make the buffers large enough; what lay in smaller ones is laid anew."""
@@ -320,14 +372,30 @@ class PhasedComponent:
             own = {n: v for n, v in self._step.held.items() if n not in self._buffers}
             self._step.hold({**own, **self._buffers})
 
+    def _handed_shapes(self) -> dict[str, Tensor]:
+        """One row of each of the step's handed-over inputs, as its program wants it, on meta."""
+        graph, handed = self.phases.graphs[Phase.STEP], self.phases.sources[Phase.STEP]
+        layout = lay_out(graph, 1)
+        named = zip(graph.inputs, graph.input_nodes(), strict=True)
+        return {name: layout.values[node] for name, node in named if name in handed}
+
     def _make_buffers(self, batch: int) -> dict[str, Tensor]:
         """Memory of the step's handed-over inputs, outside of the arena."""
-        graph, handed = self.phases.graphs[Phase.STEP], self.phases.sources[Phase.STEP]
-        layout = lay_out(graph, batch)
         found = {}
-        for name, node in zip(graph.inputs, graph.input_nodes(), strict=True):
-            if name in handed:
-                like = layout.values[node]
-                flat = torch.zeros(like.numel(), dtype=like.dtype, device=self.workspace.device)
-                found[name] = flat.as_strided(like.shape, like.stride())
+        for name, row in self._shapes.items():
+            size = batch * row.numel()
+            flat = torch.zeros(size, dtype=row.dtype, device=self.workspace.device)
+            strides = (row.numel(), *row.stride()[1:])
+            found[name] = flat.as_strided((batch, *row.shape[1:]), strides)
         return found
+
+
+def _runs(rows: Sequence[int]) -> list[tuple[int, int]]:
+    """Ascending rows as ranges without gaps."""
+    found: list[tuple[int, int]] = []
+    for row in rows:
+        if found and found[-1][1] == row:
+            found[-1] = found[-1][0], row + 1
+        else:
+            found.append((row, row + 1))
+    return found

@@ -207,9 +207,9 @@ def test_threads_hold_while_a_component_runs(
     seen = []
     run = PhasedComponent.run
 
-    def watch(self: PhasedComponent, inputs: Any) -> Any:
+    def watch(self: PhasedComponent, *inputs: Any) -> Any:
         seen.append(torch.get_num_threads())
-        return run(self, inputs)
+        return run(self, *inputs)
 
     monkeypatch.setattr(PhasedComponent, "run", watch)
     before = torch.get_num_threads()
@@ -217,3 +217,14 @@ def test_threads_hold_while_a_component_runs(
     session = open_session(read_manifest(sd1_folder), sd1_folder, "vae_decoder", threads=wanted)
     session.run({"latents": np.zeros((1, 4, 8, 8), np.float32)})
     assert (seen, torch.get_num_threads()) == ([wanted], before)
+
+
+def test_a_refusal_says_what_is_another_here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = read_manifest(folder).identity
+    assert set(there) == {"instruction_set", "threads", "ops"}
+    found = environment.differences("this", {"torch": "0"}, {**there, "threads": "77"})
+    assert [text.split(":")[0] for text in found] == ["processor", "threads", "torch"]
+    monkeypatch.setattr(environment, "identity", lambda: {**there, "threads": "3"})
+    monkeypatch.setattr(exactness, "row_answers", lambda outputs: ["0" * 16] * 8)
+    with pytest.raises(EngineMismatch, match=r"built with threads: \d+, here 3\)"):
+        heatsink.load(folder, threads=1)
