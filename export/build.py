@@ -35,6 +35,8 @@ from heatsink.runtime.model_control import check_name
 
 Progress = Callable[[str, int, int], None]
 MAX_BATCH = 256
+# What stays float32 by default in a lower precision, by component (docs/performance.md measures).
+HIGH: Mapping[str, Sequence[str]] = {}
 # What tokenizers read; a tokenizer's folder may be a whole repository with weights beside them.
 TOKENIZER_FILES = {
     "tokenizer.json",
@@ -59,6 +61,8 @@ class Options:
         fuse: adapter files, each with a scale, merged into the weights.
         strict: batch sizes that change a row's bits are not used.
         opset: of the ONNX files; None takes the exporter's default.
+        high: by component the modules (`path` or `path:operator`) that stay float32 in a lower
+            precision; `export.precision_search` finds such lists. None takes `HIGH`.
         adapters: (slots, rank) of adapter ports on the UNet and the text encoders; None: no ports.
         ports: which of their layers get ports: "all" linears and convolutions, "linear" ones, or
             the linear projections of "attention".
@@ -69,6 +73,7 @@ class Options:
     batch: tuple[int, int, int] = (1, 8, 16)
     size: tuple[int, int] | None = None
     precision: Precision = "fp32"
+    high: Mapping[str, Sequence[str]] | None = None
     fuse: Sequence[tuple[Path, float]] = ()
     strict: bool = True
     opset: int | None = None
@@ -85,6 +90,12 @@ class Options:
         """
         return backends.backend(backends.choose(self.backend))
 
+    def high_of(self, component: str) -> Sequence[str]:
+        """The modules of a component that stay float32."""
+        if self.precision == "fp32":
+            return ()
+        return (HIGH if self.high is None else self.high).get(component, ())
+
     def check(self) -> None:
         """Refuse what can't be built.
 
@@ -98,6 +109,8 @@ class Options:
                 f"precision {self.precision!r} is not built yet for {chosen.name}; "
                 f"this version builds {', '.join(chosen.precisions)}"
             )
+        if self.high and self.precision == "fp32":
+            raise InvalidRequest("high: everything is high in fp32")
         if self.opset is not None and chosen.name != OnnxRuntime.name:
             raise InvalidRequest(f"opset: engines of {chosen.name} hold no ONNX files")
         ported.check_options(self.adapters, self.ports)
@@ -170,6 +183,8 @@ def build(
     if options.controlnets:
         opened = opened.with_controlnets(options.controlnets)
     opened.check()
+    if unknown := sorted(set(options.high or ()) - set(opened.components)):
+        raise InvalidRequest(f"high: the model has {opened.components}, not {unknown}")
     size = options.size or planning.default_size(opened)
     planning.check_size(opened, size)
     opened, adapters = _fuse(opened, options.fuse)
@@ -185,6 +200,7 @@ def build(
             opset=options.opset,
             precision=options.precision,
             backend=options.backend,
+            high=options.high_of(name),
             layout=layouts.get(name),
             report=report,
         )

@@ -109,14 +109,18 @@ class Component(_Section):
 
     `origins` is the JSON file `{initialiser: [[parameter, slice, transform], ...]}`, of interleaved
     rows with a fourth value, [row, step]; `build_key` digests all that decided the files, so that
-    an equal component need not be built again.
+    an equal component need not be built again. `high` are the modules (or `module:operator`) that
+    compute in float32 where the rest is of a lower precision.
     """
+
+    later: ClassVar[frozenset[str]] = frozenset({"high"})
 
     artefacts: list[Artefact]
     graph: str
     inputs: list[TensorSpec]
     outputs: list[TensorSpec]
     precision: Precision
+    high: list[str] = []
     opset: int | None = None
     parameters: int
     origins: str

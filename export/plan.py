@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,7 @@ class Plan:
     source_digest: str
     parameters: int
     layout: PortLayout | None = None
+    high: tuple[str, ...] = ()
 
     @property
     def disk_bytes(self) -> int:
@@ -108,6 +109,7 @@ def plan(
     precision: Precision,
     backend: str,
     layout: PortLayout | None = None,
+    high: Sequence[str] = (),
     report: Report,
 ) -> Plan:
     """Work out a component's shapes and digest; reads its weights once.
@@ -121,6 +123,7 @@ def plan(
         precision: what it computes in.
         backend: who runs it.
         layout: of its adapter ports, if it gets any.
+        high: modules that compute in float32 where the rest is of a lower precision.
         report: called with (what is being done, done, total).
 
     Raises:
@@ -152,6 +155,7 @@ def plan(
         ),
         parameters=sum(int(np.prod(entry.shape)) for entry in weights.entries.values()),
         layout=layout,
+        high=tuple(high),
     )
 
 
