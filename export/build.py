@@ -31,6 +31,7 @@ from heatsink.runtime.adapter_targets import Targets
 from heatsink.runtime.digest import sha256_file
 from heatsink.runtime.errors import InvalidRequest, NonFiniteWeights, NotBuilt, NumericError
 from heatsink.runtime.model import Model
+from heatsink.runtime.model_control import check_name
 
 Progress = Callable[[str, int, int], None]
 MAX_BATCH = 256
@@ -65,6 +66,7 @@ class Options:
         adapters: (slots, rank) of adapter ports on the UNet and the text encoders; None: no ports.
         ports: which of their layers get ports: "all" linears and convolutions, "linear" ones, or
             the linear projections of "attention".
+        controlnets: folders of ControlNets, by the names that requests call them.
     """
 
     backend: str = backends.AUTO
@@ -77,6 +79,7 @@ class Options:
     opset: int | None = None
     adapters: tuple[int, int] | None = None
     ports: str = "all"
+    controlnets: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def chosen(self) -> Backend:
@@ -116,6 +119,8 @@ class Options:
             raise InvalidRequest(
                 f"batch: expected 1 <= min <= opt <= max <= {MAX_BATCH}, got {low}:{best}:{high}"
             )
+        for name in self.controlnets:
+            check_name(name)
         for path, scale in self.fuse:
             if not math.isfinite(scale):
                 raise InvalidRequest(f"fuse: expected a finite scale for {path}, got {scale}")
@@ -175,6 +180,8 @@ def build(
     target = Path(out).resolve()
     check_target(target)
     opened = model if isinstance(model, Model) else Model.open(model)
+    if options.controlnets:
+        opened = opened.with_controlnets(options.controlnets)
     opened.check()
     if unknown := sorted(set(options.high or ()) - set(opened.components)):
         raise InvalidRequest(f"high: the model has {opened.components}, not {unknown}")
@@ -323,9 +330,10 @@ def _manifest(
 
 def _ports(options: Options, built: dict[str, components.Built]) -> Ports:
     if options.adapters is None:
-        return Ports()
+        return Ports(controlnet=bool(options.controlnets))
     slots, rank = options.adapters
     return Ports(
-        adapter_slots=slots, adapter_rank=rank, which=options.ports, table=port_table.TABLE,
+        adapter_slots=slots, adapter_rank=rank, controlnet=bool(options.controlnets),
+        which=options.ports, table=port_table.TABLE,
         components={name: b.ported for name, b in built.items() if b.ported is not None},
     )  # fmt: skip

@@ -17,6 +17,7 @@ from heatsink.export.manifest import KnownAnswer, TensorSpec
 from heatsink.kernels.fingerprint import fingerprint
 from heatsink.runtime.backends.session import Array, Phased, Session
 from heatsink.runtime.errors import EngineMismatch, NumericError
+from heatsink.runtime.graph.denoisers import SCALE, residuals_among
 
 PROBE_SEED = 20_260_101
 
@@ -44,9 +45,11 @@ def probe(inputs: list[TensorSpec], rows: int, seed: int) -> dict[str, Array]:
     """`rows` different rows of seeded values; row r does not depend on how many there are.
 
     All dimensions but the first are those of the engine: symbolic later ones are not built yet.
-    Floats are standard normal (timesteps: whole numbers below 1000), integers are below 256.
+    Floats are standard normal (timesteps: whole numbers below 1000; pictures of ControlNets and
+    their scales: up to 1), integers are below 256. Every other row has a ControlNet's residuals.
     """
     out: dict[str, Array] = {}
+    residuals = residuals_among(spec.name for spec in inputs)
     for position, spec in enumerate(inputs):
         shape = [int(size) for size in spec.shape[1:]]
         values: list[Array] = []
@@ -56,6 +59,11 @@ def probe(inputs: list[TensorSpec], rows: int, seed: int) -> dict[str, Array]:
                 values.append(rng.integers(0, 256, shape))
             elif spec.name == "timestep":
                 values.append(np.array(rng.integers(0, 1000), np.float32))
+            elif spec.name in ("controlnet_cond", SCALE):
+                values.append(np.asarray(rng.random(shape), spec.dtype))
+            elif spec.name in residuals and row % 2:
+                # What a row without a ControlNet has.
+                values.append(np.full(shape, -0.0, spec.dtype))
             else:
                 values.append(rng.standard_normal(shape).astype(spec.dtype))
         out[spec.name] = np.stack(values)

@@ -18,9 +18,11 @@ from heatsink.runtime.adapters import AdapterBank
 from heatsink.runtime.backends.native_ports import BankView
 from heatsink.runtime.backends.session import Array, Phased, Session
 from heatsink.runtime.buckets import plan, run_rows
+from heatsink.runtime.components import CONTROL_PREFIX
 from heatsink.runtime.digest import sha256_file
 from heatsink.runtime.engine import Engine
 from heatsink.runtime.errors import EngineMismatch
+from heatsink.runtime.graph.denoisers import residuals_among
 from heatsink.runtime.native.component import Workspace
 from heatsink.runtime.port_layout import PortLayout
 from heatsink.runtime.schedule import ScheduleConfig
@@ -161,6 +163,7 @@ def open_session(
 def describe(folder: Path, manifest: Manifest) -> EngineSpec:
     """What the runtime must know of the engine besides its components."""
     source, shapes = manifest.source, manifest.shapes
+    inputs = {spec.name: spec for spec in manifest.components["unet"].inputs}
     return EngineSpec(
         name=source.name,
         digest=manifest.digest,
@@ -174,6 +177,16 @@ def describe(folder: Path, manifest: Manifest) -> EngineSpec:
         widths=(shapes.width.min, shapes.width.max),
         zero_empty_negative=source.force_zeros_for_empty_prompt,
         adapters={adapter.name: adapter.scale for adapter in manifest.adapters},
+        controlnets=[
+            name.removeprefix(CONTROL_PREFIX)
+            for name in manifest.components
+            if name.startswith(CONTROL_PREFIX)
+        ],
+        residuals={
+            name: tuple(int(size) for size in inputs[name].shape[1:])
+            for name in residuals_among(inputs)
+        },
+        inpainting=inputs["sample"].shape[1] == 2 * source.latent_channels + 1,
     )
 
 

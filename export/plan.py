@@ -136,7 +136,14 @@ def plan(
     weights = model.weights(name)
     return Plan(
         name=name,
-        shapes=input_shapes(name, config, height=height, width=width, text_length=length),
+        shapes=input_shapes(
+            name,
+            config,
+            height=height,
+            width=width,
+            text_length=length,
+            controlled=name == "unet" and bool(model.controlnets),
+        ),
         text_layer=_text_layer(model, name),
         # An image is one row of the VAE and up to two of the UNet.
         largest=max(1, rows // 2) if name.startswith("vae") else rows,

@@ -163,12 +163,45 @@ def sd1_styled_engine(sd1_ported_folder: Path, sd1_styles: dict[str, Path]) -> A
     return opened
 
 
-def build_engine(model: Path, out: Path, backend: str) -> Path:
+def build_engine(model: Path, out: Path, backend: str, **options: Any) -> Path:
     """Build the small engine that tests of the runtime share."""
     import heatsink
 
-    heatsink.build(model, out, backend=backend, batch=(1, 2, 4))
+    heatsink.build(model, out, backend=backend, batch=(1, 2, 4), **options)
     return out
+
+
+@pytest.fixture(scope="session")
+def sd1_controlnets(tiny_sd1: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two ControlNets for the tiny SD1 model, by name. Don't change them."""
+    folder = tmp_path_factory.mktemp("controlnets")
+    return {
+        name: write_tiny_controlnet(tiny_sd1, folder / name, seed)
+        for seed, name in enumerate(("lines", "depth"))
+    }
+
+
+@pytest.fixture(scope="session")
+def sdxl_controlnets(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A ControlNet for the tiny SDXL model, by name. Don't change it."""
+    folder = tmp_path_factory.mktemp("controlnets") / "lines"
+    return {"lines": write_tiny_controlnet(tiny_sdxl, folder, 2)}
+
+
+def write_tiny_controlnet(model: Path, folder: Path, seed: int) -> Path:
+    """Write a ControlNet with random weights for a model's UNet and return its folder."""
+    import torch
+    from diffusers import ControlNetModel, UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(model / "unet")
+    torch.manual_seed(seed)
+    net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 8, 8, 16))
+    with torch.no_grad():
+        # Its last convolutions begin as zeros.
+        for parameter in net.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    net.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ it changes.
 
 A node's phase follows from the inputs that its *data* depends on, found along the graph's edges:
 
-    request   prompt, sizes, adapters: once a request
+    request   prompt, sizes, adapters, a ControlNet's picture: once a request
     schedule  timesteps: once a schedule
     both      once a request, batched over its steps
     step      latents: every step
@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from heatsink.runtime.graph.denoisers import SCALE
 from heatsink.runtime.graph.graph import (
     BATCH,
     INPUT_KEY,
@@ -55,6 +56,7 @@ _REQUEST_INPUTS = {
     "text_embeds",
     "time_ids",
     "controlnet_cond",
+    SCALE,
     SLOTS_INPUT,
     SCALES_INPUT,
 }

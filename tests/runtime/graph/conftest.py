@@ -70,6 +70,18 @@ def cases() -> dict[str, Case]:
         "vae_encoder": Case("vae_encoder", vae, _shapes("vae_encoder", vae, 8, 12), _encoded),
         "unet": Case("unet", unet, _shapes("unet", unet, 8, 8), _unet_out),
         "unet of SDXL": Case("unet", unet_xl, _shapes("unet", unet_xl, 8, 8), _unet_out),
+        **_controlled("", unet),
+        **_controlled(" of SDXL", unet_xl),
+    }
+
+
+def _controlled(suffix: str, unet: Any) -> dict[str, Case]:
+    """A ControlNet made for a UNet, and that UNet with inputs for its residuals."""
+    net = _controlnet(unet)
+    own = input_shapes("unet", unet.config, height=8, width=8, text_length=TOKENS, controlled=True)
+    return {
+        f"controlnet{suffix}": Case("controlnet", net, _shapes("controlnet", net, 8, 8), _control),
+        f"unet{suffix} with residuals": Case("unet", unet, own, _unet_out),
     }
 
 
@@ -229,6 +241,12 @@ def _unet_xl() -> Any:
     )  # fmt: skip
 
 
+def _controlnet(unet: Any) -> Any:
+    from diffusers import ControlNetModel
+
+    return _shake(ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 8)))
+
+
 def _shake(module: Any) -> Any:
     """Norms begin as the identity: make every parameter count."""
     with torch.no_grad():
@@ -264,10 +282,32 @@ def _encoded(module: Any, inputs: Mapping[str, Tensor]) -> list[Tensor]:
 
 def _unet_out(module: Any, inputs: Mapping[str, Tensor]) -> list[Tensor]:
     given = dict(inputs)
-    sample, timestep, hidden = (
-        given.pop(n) for n in ("sample", "timestep", "encoder_hidden_states")
-    )
-    return [module(sample, timestep, hidden, added_cond_kwargs=given or None).sample]
+    down = [given.pop(name) for name in inputs if name.startswith("down_residual_")]
+    arguments = {
+        "down_block_additional_residuals": down or None,
+        "mid_block_additional_residual": given.pop("mid_residual", None),
+    }
+    return [module(*_first(given), added_cond_kwargs=given or None, **arguments).sample]
+
+
+def _control(module: Any, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    given = dict(inputs)
+    found = []
+    scales = given.pop("conditioning_scale")
+    # The library has one scale a call: row by row.
+    for row, scale in enumerate(scales.tolist()):
+        one = {name: value[row : row + 1] for name, value in given.items()}
+        first = _first(one)
+        condition = one.pop("controlnet_cond")
+        down, mid = module(
+            *first, condition, scale, added_cond_kwargs=one or None, return_dict=False
+        )
+        found.append([*down, mid])
+    return [torch.cat(rows) for rows in zip(*found, strict=True)]
+
+
+def _first(given: dict[str, Tensor]) -> list[Tensor]:
+    return [given.pop(name) for name in ("sample", "timestep", "encoder_hidden_states")]
 
 
 SLOTS, RANK, ROOM = 3, 4, 4
