@@ -30,7 +30,7 @@ from torch import Tensor, fx
 
 from heatsink import console
 from heatsink.benchmarks.environment import processor
-from heatsink.export.components import PASSES
+from heatsink.runtime.graph.passes.pipeline import PASSES_ONNX
 from heatsink.export.onnx import to_onnx
 from heatsink.kernels import _native
 from heatsink.runtime import model as model_module
@@ -197,7 +197,7 @@ def openvino_of(graph: Graph, given: Mapping[str, Tensor], dtype: str, threads: 
         return None
     with tempfile.TemporaryDirectory() as folder, console.quiet_libraries():
         path = Path(folder) / "unet.onnx"
-        to_onnx(run_passes(graph, PASSES), path)
+        to_onnx(run_passes(graph, PASSES_ONNX), path)
         return OpenVino(path, given, dtype, threads)
 
 
