@@ -30,7 +30,6 @@ from torch import Tensor, fx
 
 from heatsink import console
 from heatsink.benchmarks.environment import processor
-from heatsink.runtime.graph.passes.pipeline import PASSES_ONNX
 from heatsink.export.onnx import to_onnx
 from heatsink.kernels import _native
 from heatsink.runtime import model as model_module
@@ -41,7 +40,7 @@ from heatsink.runtime.graph.cost import NodeCosts
 from heatsink.runtime.graph.graph import Graph
 from heatsink.runtime.graph.passes import run_passes
 from heatsink.runtime.graph.passes.edit import argument, operator, traced
-from heatsink.runtime.graph.passes.pipeline import PASSES_NATIVE
+from heatsink.runtime.graph.passes.pipeline import PASSES_NATIVE, PASSES_ONNX
 from heatsink.runtime.graph.phases import split
 from heatsink.runtime.model import Model
 from heatsink.runtime.native.program import Program

@@ -187,6 +187,7 @@ def describe(folder: Path, manifest: Manifest) -> EngineSpec:
             for name in residuals_among(inputs)
         },
         inpainting=inputs["sample"].shape[1] == 2 * source.latent_channels + 1,
+        backend=manifest.backend,
     )
 
 

@@ -36,6 +36,7 @@ class EngineSpec:
         controlnets: names of its ControlNets.
         residuals: of an engine that has any: the shapes of what they give for a row, by name.
         inpainting: the UNet takes a mask and the latents of what it keeps beside the noisy ones.
+        backend: who runs it.
     """
 
     name: str
@@ -53,6 +54,7 @@ class EngineSpec:
     controlnets: Sequence[str] = ()
     residuals: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     inpainting: bool = False
+    backend: str = ""
 
     def resolve(self, request: Request, *, ports: bool = False) -> Request:
         """The request with its size filled in, if this engine can answer it.
