@@ -7,7 +7,6 @@ answers it. Whatever a library can't do here it says by an error, and is listed 
 from __future__ import annotations
 
 import contextlib
-import copy
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -89,7 +88,7 @@ class Eager:
         return self._modules[component]
 
     def pipeline(self) -> Any:
-        """The pipeline around the UNet that is loaded."""
+        """The pipeline around the networks that are loaded."""
         import diffusers
 
         if self._pipe is None:
@@ -101,12 +100,13 @@ class Eager:
                 torch_dtype=self._dtype,
                 local_files_only=True,
                 unet=self.module("unet").model,
+                # Without its encoder, which a generation from text has no use for.
+                vae=self.module("vae_decoder").model,
                 **extra,
             )
             schedulers: Any = diffusers.DPMSolverMultistepScheduler
             pipe.scheduler = schedulers.from_config(pipe.scheduler.config)
             pipe.to(self._device)
-            _lay(pipe.vae, self._layout)
             pipe.set_progress_bar_config(disable=True)
             self._pipe = pipe
         return self._pipe
@@ -163,41 +163,80 @@ def _lay(module: Any, layout: str) -> Any:
 
 
 class Compiled(Eager):
-    """The same modules through `torch.compile`: max-autotune on a GPU, the default on a CPU."""
+    """The same modules through `torch.compile`: max-autotune on a GPU, the default on a CPU.
+
+    A network is compiled for exactly the counts that it meets, at the first call of each; steps and
+    generations share what is compiled. The pipeline's loop and its scheduler stay Python.
+    """
 
     name = COMPILE
 
     def __init__(self, artefacts: Artefacts, precision: str) -> None:
+        import torch._dynamo.config as config
+
         super().__init__(artefacts, precision)
+        config.recompile_limit = config.accumulated_recompile_limit = _RECOMPILES
         self._mode = "max-autotune" if self._device.type == "cuda" else "default"
         self._compiled: dict[str, Any] = {}
 
     def runners(self, level: Level, count: int) -> list[Runner]:
-        """Compiled for exactly this count, at the first call."""
-        import torch._dynamo.config as config
-
-        config.recompile_limit = config.accumulated_recompile_limit = _RECOMPILES
-        if level not in self._compiled:
-            self._compiled[level] = self._make(level)
+        """The compiled component, or the pipeline around all of them."""
         if level == "image":
-            return [self._generation(self._compiled[level])]
-        return [self._call(COMPONENTS[level], self._compiled[level])]
+            return [self._generation(self.pipeline())]
+        return [self._call(COMPONENTS[level], self._component(COMPONENTS[level]))]
 
-    def _make(self, level: Level) -> Any:
-        if level != "image":
-            return self._compile(self.module(COMPONENTS[level]))
-        pipe = self.pipeline()
-        # The scheduler and the loop stay Python; every network is compiled.
-        for name in ("unet", "text_encoder", "text_encoder_2"):
-            if getattr(pipe, name, None) is not None:
-                object.__setattr__(pipe, name, self._compile(getattr(pipe, name)))
-        vae = copy.copy(pipe.vae)
-        object.__setattr__(vae, "decode", self._compile(pipe.vae.decode))
-        object.__setattr__(pipe, "vae", vae)
+    def pipeline(self) -> Any:
+        """With every network compiled."""
+        made = self._pipe is not None
+        pipe = super().pipeline()
+        if not made:
+            self._component("vae_decoder")
+            # Past the pipeline's `__setattr__`, which would write them into its configuration.
+            object.__setattr__(pipe, "unet", _UNet(pipe.unet, self._component("unet")))
+            for name in ("text_encoder", "text_encoder_2"):
+                if getattr(pipe, name, None) is not None:
+                    object.__setattr__(pipe, name, self._compile(getattr(pipe, name)))
         return pipe
+
+    def _component(self, name: str) -> Any:
+        if name not in self._compiled:
+            module: Any = self.module(name)
+            if name == "vae_decoder":
+                # What the pipeline calls, too.
+                object.__setattr__(module.model, "decode", self._compile(module.model.decode))
+            self._compiled[name] = module if name == "vae_decoder" else self._compile(module)
+        return self._compiled[name]
 
     def _compile(self, call: Any) -> Any:
         return torch.compile(call, mode=self._mode, dynamic=False)
+
+
+class _UNet:
+    """A compiled UNet with graphs' inputs as the pipeline calls its own."""
+
+    def __init__(self, model: Any, call: Any) -> None:
+        self._model, self._compiled = model, call
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        *,
+        encoder_hidden_states: Tensor,
+        added_cond_kwargs: Mapping[str, Tensor] | None = None,
+        **others: Any,
+    ) -> Any:
+        """Predict; what the pipeline has no value for is None."""
+        given = {name for name, value in others.items() if value is not None}
+        if given - {"return_dict"}:
+            raise NotBuilt(f"the pipeline gives the UNet {sorted(given)}")
+        times = timestep.to(sample.device, torch.float32).expand(len(sample)).contiguous()
+        added = added_cond_kwargs or {}
+        more = [added[name] for name in ("text_embeds", "time_ids") if name in added]
+        return self._compiled(sample, times, encoder_hidden_states, *more)
 
 
 class Xformers(Eager):
@@ -218,12 +257,6 @@ class Xformers(Eager):
         model: Any = module.model
         model.enable_xformers_memory_efficient_attention()
         return module
-
-    def pipeline(self) -> Any:
-        """The VAE's attention too."""
-        pipe = super().pipeline()
-        pipe.vae.enable_xformers_memory_efficient_attention()
-        return pipe
 
 
 def best_layout(artefacts: Artefacts, precision: str, count: int) -> dict[str, float]:
