@@ -24,6 +24,7 @@ def _parts(model: Path) -> str:
     for folder, kind in (
         ("text_encoder", "CLIPTextModel, 2 layers of width 128"), ("unet", "UNet2DConditionModel"),
         ("vae", "AutoencoderKL"), ("controlnet", "ControlNetModel"),
+        ("classifier", "judge of generated pictures, float16"),
     ):  # fmt: skip
         count = 0
         for path in sorted((model / folder).glob("*.safetensors")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from heatsink.models import data, loop
 from heatsink.models.autoencoder import to_tensor
 
 JUDGED_STYLES = (data.BASE_STYLE, *data.BRANDS)
+_WEIGHTS, _CLASSES = "model.safetensors", "classes.json"
 
 
 class Classifier(nn.Module):
@@ -146,3 +148,27 @@ def judge(
         groups.append(a.argmax(1).cpu())
         styles.append(b.argmax(1).cpu())
     return torch.cat(groups).numpy(), torch.cat(styles).numpy()
+
+
+def save(model: Classifier, names: list[str], folder: Path) -> None:
+    """Write the judge into `folder`: its weights in float16, and what its classes are called."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {
+        name: (value.half() if value.is_floating_point() else value).contiguous()
+        for name, value in model.state_dict().items()
+    }
+    save_file(state, folder / _WEIGHTS)
+    text = json.dumps({"subgroups": names, "styles": JUDGED_STYLES}, indent=2)
+    (folder / _CLASSES).write_text(text + "\n", encoding="utf-8")
+
+
+def load(folder: Path) -> tuple[Classifier, list[str]]:
+    """The judge that `save` wrote, in float32, and the names of the subgroups."""
+    from safetensors.torch import load_file
+
+    names = json.loads((folder / _CLASSES).read_text(encoding="utf-8"))["subgroups"]
+    model = Classifier(len(names))
+    model.load_state_dict(load_file(folder / _WEIGHTS))
+    return model.eval(), list(names)

@@ -159,6 +159,7 @@ def main(
     if only_classifier:
         return
     judge = Judge(judge_model, icons, device)
+    classifier.save(judge_model, judge.classes, model / "classifier")
     scores, shown = fidelity(model, icons, judge, device)
     result: dict[str, Any] = {
         "autoencoder PSNR in dB on held-out emoji": reconstruction(vae, icons, device),

@@ -111,14 +111,19 @@ Meter = Rapl | Nvml
 
 @dataclass(frozen=True)
 class NoMeter:
-    """Why there is none."""
+    """No meter; its name is the reason."""
 
     name: str
 
 
-def meter(device: str) -> Meter | NoMeter:
-    """The device's meter, or why there is none."""
+def meter(device: str, root: Path = POWERCAP) -> Meter | NoMeter:
+    """The device's meter, or why there is none.
+
+    Args:
+        device: `cpu` or `cuda`.
+        root: see `Rapl`.
+    """
     try:
-        return Nvml() if device == "cuda" else Rapl()
+        return Nvml() if device == "cuda" else Rapl(root)
     except NotBuilt as error:
         return NoMeter(str(error))

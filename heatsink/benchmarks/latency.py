@@ -212,8 +212,12 @@ class Bench:
     def _entries(self, table: Table, count: int, systems: Mapping[str, System]) -> Iterator[_Entry]:
         """What is right, by system; the others are refused."""
         request = self._artefacts.request(table.level, count, 0)
-        for name, system in systems.items():
-            self._progress(f"checking, {table.level}, {table.precision}", 0, 1)
+        what = f"{table.level}, {table.precision}"
+        for place, (name, system) in enumerate(systems.items()):
+            self._progress(f"checking, {what}", place, len(systems))
+            if place and self._late():
+                self.results.unreached.append(f"{what}, {count}: {name}")
+                continue
             try:
                 for runner in system.runners(table.level, count):
                     runner.load(request)
@@ -223,7 +227,7 @@ class Bench:
             except _failures() as error:
                 reason = _reason(error)
                 self.results.refuse(LeftOut(name, table.precision, reason, table.level, count))
-        self._progress(f"checking, {table.level}, {table.precision}", 1, 1)
+        self._progress(f"checking, {what}", len(systems), len(systems))
 
     def _timed(self, runner: Runner, request: Any) -> float:
         runner.load(request)

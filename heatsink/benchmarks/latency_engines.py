@@ -113,7 +113,7 @@ class Heatsink:
         import heatsink
 
         if not self._artefacts.workload.engines:
-            raise NotBuilt("no engine is built for this: engines of this version run on a CPU")
+            raise NotBuilt("no engine is built for a known configuration, nor for a GPU yet")
         if self._engine is None:
             folder = self._artefacts.engine(self._precision, self.strict)
             self._engine = heatsink.load(folder, threads=self._artefacts.workload.threads)

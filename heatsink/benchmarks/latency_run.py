@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,8 +114,8 @@ class Asked:
         images = tuple(sorted(set(self.images))) or ((1,) if self.large else IMAGES)
         return {level: rows if level == "unet" else images for level in LEVELS if level in levels}
 
-    def wanted(self) -> Wanted:
-        """For the run."""
+    def wanted(self, spent: float = 0.0) -> Wanted:
+        """For the run, after so many seconds of preparing."""
         precisions = tuple(dict.fromkeys(self.precisions))
         systems = tuple(name for name in SYSTEMS if not self.systems or name in self.systems)
         return Wanted(
@@ -124,7 +125,7 @@ class Asked:
             self.rounds or (_FEW_ROUNDS if self.large else 0),
             together=not self.large,
             cold=self.cold,
-            seconds=self.seconds,
+            seconds=None if self.seconds is None else max(0.0, self.seconds - spent),
         )
 
 
@@ -146,7 +147,7 @@ def bench(
         ModelError: the folder is no model.
     """
     asked.check()
-    counts = asked.counts()
+    begun, counts = time.monotonic(), asked.counts()
     with _folder(asked.work) as work:
         model = asked.model
         if asked.config:
@@ -164,7 +165,8 @@ def bench(
             steps=asked.steps,
             guidance=asked.guidance,
         )
-        return Bench(workload, asked.wanted(), progress=progress, keep=keep).run()
+        wanted = asked.wanted(time.monotonic() - begun)
+        return Bench(workload, wanted, progress=progress, keep=keep).run()
 
 
 def _most_rows(counts: Mapping[Level, Sequence[int]]) -> int:

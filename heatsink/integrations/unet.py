@@ -13,6 +13,14 @@ from heatsink.runtime.errors import InvalidRequest
 
 _DOWN, _MID = "down_residual_", "mid_residual"
 _ADDED = ("text_embeds", "time_ids")
+_ADAPTERS = frozenset(
+    {
+        "load_lora_adapter", "unload_lora", "fuse_lora", "unfuse_lora", "set_adapters",
+        "set_adapter", "add_adapter", "delete_adapters", "disable_lora", "enable_lora",
+        "disable_adapters", "enable_adapters", "active_adapters",
+        "save_lora_adapter",
+    }
+)  # fmt: skip
 
 
 class _Network(nn.Module):
@@ -55,6 +63,7 @@ class UNet(Replacement):
 
     # SDXL's pipelines read from it how many conditions the network wants.
     kept = frozenset({"add_embedding"})
+    changing = _ADAPTERS
 
     def forward(
         self,
@@ -116,6 +125,8 @@ class UNet(Replacement):
 
 class ControlNet(Replacement):
     """Stands for a ControlNetModel."""
+
+    changing = _ADAPTERS
 
     def forward(
         self,

@@ -87,19 +87,20 @@ class PortedNativeSession(NativeSession):
         for name in self._bank.layout.shapes():
             if name in given:
                 brought[name] = given.pop(name)
-        ports, keys = self._ports(given)
+        # Nothing is kept of a bank that was brought along, so there a slot's number will do.
+        ports, keys = self._ports(given, content=str if brought else self._bank.content)
         self._check_names(given)
         component = self._component
         if brought:
             component = self._bring(brought)
         elif not self._bank.tensors and bool((ports[SLOTS_INPUT] >= 0).any()):
             raise InvalidRequest(f"{self.name}: rows have adapters, and there is no bank")
-        return self._run(component, {**given, **ports}, None if brought else keys)
+        return self._run(component, {**given, **ports}, keys)
 
     def prepare(self, inputs: Mapping[str, Array], timesteps: Sequence[Array]) -> None:
         """As `NativeSession.prepare`, with the rows' adapters."""
         given = dict(inputs)
-        ports, keys = self._ports(given, len(timesteps))
+        ports, keys = self._ports(given, len(timesteps), self._bank.content)
         self._prepare({**given, **ports}, timesteps, keys)
 
     def forget(self) -> None:
@@ -108,7 +109,10 @@ class PortedNativeSession(NativeSession):
         self._brought = None
 
     def _ports(
-        self, given: dict[str, Array], rows: int | None = None
+        self,
+        given: dict[str, Array],
+        rows: int | None = None,
+        content: Callable[[int], str] = str,
     ) -> tuple[dict[str, Array], dict[str, list[Key]]]:
         """Slots and scales of the whole batch, out of what `given` says; and what they mean."""
         count = len(next(iter(given.values()), ())) if rows is None else rows
@@ -122,7 +126,7 @@ class PortedNativeSession(NativeSession):
         given.pop(SLOTS_INPUT, None)
         given.pop(SCALES_INPUT, None)
         keys = [
-            repr([(self._bank.content(int(s)), float(w)) for s, w in row if s >= 0]).encode()
+            repr([(content(int(s)), float(w)) for s, w in row if s >= 0]).encode()
             for row in (zip(*each, strict=True) for each in zip(slots, scales, strict=True))
         ]
         return {SLOTS_INPUT: slots, SCALES_INPUT: scales}, {SLOTS_INPUT: keys, SCALES_INPUT: keys}

@@ -54,6 +54,7 @@ _REQUEST_INPUTS = {
     "encoder_hidden_states",
     "text_embeds",
     "time_ids",
+    "controlnet_cond",
     SLOTS_INPUT,
     SCALES_INPUT,
 }

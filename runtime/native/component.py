@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,9 @@ from heatsink.runtime.graph.passes import run_passes
 from heatsink.runtime.graph.passes.protocol import Pass
 from heatsink.runtime.memory import Plan, plan
 from heatsink.runtime.native.layout import Layout, lay_out
+from heatsink.runtime.native.outs import forget_packed
 from heatsink.runtime.native.program import Arena, Program, check_held
+from heatsink.runtime.native.shared_weights import SharedWeights, made_of
 
 
 class Workspace:
@@ -66,12 +68,6 @@ def check_inputs(graph: Graph, inputs: Mapping[str, Tensor]) -> None:
             )
 
 
-def _plain(value: Tensor, device: torch.device) -> Tensor:
-    return (
-        value if value.device == device and not value.requires_grad else value.detach().to(device)
-    )
-
-
 class NativeComponent:
     """Runs a graph at any batch size; several threads may call it.
 
@@ -91,6 +87,7 @@ class NativeComponent:
         passes: Sequence[Pass] = (),
         workspace: Workspace | None = None,
         held: Mapping[str, Tensor] | None = None,
+        weights: SharedWeights | None = None,
     ) -> None:
         """Take the graph; nothing is loaded or built yet.
 
@@ -103,17 +100,22 @@ class NativeComponent:
                 they stay the caller's, who gives no others of these names. Of one with a row for
                 each of the batch a program reads the first rows; it has as many as the largest
                 batch.
+            weights: shared with graphs of the same module; its own by default.
 
         Raises:
-            ValueError: the workspace is on another device, or a held tensor is not what the graph
-                takes.
+            ValueError: the workspace or the weights are on another device, or a held tensor is not
+                what the graph takes.
         """
         self.workspace = workspace or Workspace(device)
-        if self.workspace.device != torch.device(device):
-            raise ValueError(
-                f"workspace: expected one on {torch.device(device)}, "
-                f"got one on {self.workspace.device}"
-            )
+        self._weights = weights or SharedWeights(device)
+        for name, where in (
+            ("workspace", self.workspace.device),
+            ("weights", self._weights.device),
+        ):
+            if where != torch.device(device):
+                raise ValueError(
+                    f"{name}: expected one on {torch.device(device)}, got one on {where}"
+                )
         self.graph = run_passes(graph, passes)
         self._held = dict(held or {})
         check_held(self.graph, None, self._held, self.workspace.device)
@@ -135,6 +137,27 @@ class NativeComponent:
     def drop_programs(self) -> None:
         """Forget the programs; they are built again when they are next needed."""
         self._programs.clear()
+
+    def reload(self, parameters: Container[str]) -> bool:
+        """Read the weights that are made of these parameters again before the next run.
+
+        Only what they are in is read; the programs are built again, which reads nothing.
+
+        Args:
+            parameters: names that the graph's origins have. What is computed names none.
+
+        Returns:
+            Whether the graph has weights made of them.
+        """
+        with self.workspace.lock:
+            self._weights.forget(parameters)
+            stale = [n for n, parts in self.graph.origins.items() if made_of(parts, parameters)]
+            if stale:
+                self.drop_programs()
+            for name in stale:
+                if name in self._constants:
+                    forget_packed(self._constants.pop(name))
+            return bool(stale)
 
     @property
     def held(self) -> Mapping[str, Tensor]:
@@ -160,8 +183,7 @@ class NativeComponent:
             layout, memory = self._planned(batch)
             arena = self.workspace.fit(memory.peak)
             if batch not in self._programs:
-                if not self._constants:
-                    self._constants = self._load()
+                self._load()
                 self._programs[batch] = Program(
                     self.graph,
                     batch,
@@ -210,14 +232,9 @@ class NativeComponent:
         batched = {name for name in self._held if self.graph.inputs[name].shape[:1] == (BATCH,)}
         return {n: v[:batch] if n in batched else v for n, v in self._held.items()}
 
-    def _load(self) -> dict[str, Tensor]:
-        device = self.workspace.device
-        with torch.no_grad():
-            return {
-                # As it is where it can be: components of one graph share what is packed of it.
-                name: _plain(weight.load(), device)
-                for name, weight in self.graph.weights.items()
-            }
+    def _load(self) -> None:
+        for name in self.graph.weights.keys() - self._constants.keys():
+            self._constants[name] = self._weights.load(self.graph, name)
 
     def _planned(self, batch: int) -> tuple[Layout, Plan]:
         if batch not in self._plans:

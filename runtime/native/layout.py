@@ -18,6 +18,7 @@ _IN_PLACE = {"heatsink.row_port.default"}
 _CONV2D = "heatsink.conv2d.default"
 # Beside it, these read an input of any strides.
 _ANY_STRIDES = {"aten.sym_size.int", "heatsink.row_port.default"}
+_CONVERSION = "aten._to_copy.default"
 
 
 @dataclass
@@ -84,9 +85,20 @@ def lay_out(graph: Graph, batch: int, held: Collection[str] = ()) -> Layout:
 
 
 def _read_as_image(node: fx.Node) -> bool:
-    """Whether only convolutions of this package read an input: they want channels innermost."""
-    readers = {str(user.target) for user in node.users}
-    return _CONV2D in readers and readers <= _ANY_STRIDES | {_CONV2D}
+    """Whether only convolutions of this package read an input: they want channels innermost.
+
+    A conversion keeps the layout of what it converts, so its readers count.
+    """
+    readers = _readers(node)
+    return bool(readers) and readers == {_CONV2D}
+
+
+def _readers(node: fx.Node) -> set[str]:
+    found: set[str] = set()
+    for user in node.users:
+        name = str(user.target)
+        found |= _readers(user) if name == _CONVERSION else {name}
+    return found - _ANY_STRIDES
 
 
 def _image(value: Tensor) -> Tensor:

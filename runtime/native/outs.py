@@ -103,6 +103,11 @@ def _packed(weight: Tensor, activation: str) -> Tensor:
     return packed
 
 
+def forget_packed(weight: Tensor) -> None:
+    """Pack a weight anew when it is next used: it was written to."""
+    _PACKED.pop(weight, None)
+
+
 def _positional(op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
     rest = op._schema.arguments[len(args) :]
     return [*args, *(kwargs.get(a.name, a.default_value) for a in rest)]
@@ -202,6 +207,11 @@ def _port_linear(args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Tensor) 
     product = (x, _packed(weight, activation), bias, residual, sample_add, activation)
     return partial(into, *product, a, b, slots, scales, ranks, _NO_SCRATCH, out)
 
+
+PACKING = frozenset(
+    {torch.ops.heatsink.linear.default, torch.ops.heatsink.conv2d.default, PORT_LINEAR}
+)
+"""Operators whose step holds another form of their weight, made when the step is."""
 
 OUTS: dict[Any, MakeStep] = {
     **{target: _binary(function) for target, function in _BINARY.items()},

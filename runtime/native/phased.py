@@ -12,7 +12,7 @@ only, filled up, or its values would depend on what was asked before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,8 +24,9 @@ from heatsink.runtime.graph.graph import BATCH, Graph
 from heatsink.runtime.graph.phases import Phase, Phases, split
 from heatsink.runtime.native.component import NativeComponent, Workspace, check_inputs
 from heatsink.runtime.native.exact import inexact
-from heatsink.runtime.native.layout import lay_out
+from heatsink.runtime.native.handed import HandedRows
 from heatsink.runtime.native.phase_keys import PhaseKeys
+from heatsink.runtime.native.shared_weights import SharedWeights
 from heatsink.runtime.native.values import Key, Store, digest
 
 KEEP_BYTES = 1 << 28
@@ -69,6 +70,7 @@ class PhasedComponent:
         device: torch.device | str = "cpu",
         workspace: Workspace | None = None,
         held: Mapping[str, Tensor] | None = None,
+        weights: SharedWeights | None = None,
         keep_bytes: int = KEEP_BYTES,
         sizes: Sequence[int] = SIZES,
     ) -> None:
@@ -80,6 +82,7 @@ class PhasedComponent:
             workspace: shared with other components, on the same device; its own by default.
             held: inputs that are read where they are, as `NativeComponent` takes them. What depends
                 on them is kept by the keys that the caller gives `run` for their users.
+            weights: shared with graphs of the same module; its own by default.
             keep_bytes: how much of values is kept that no row needs now.
             sizes: batch sizes in which phases are computed, ascending; the largest alone for a
                 phase whose results may depend on it.
@@ -94,15 +97,16 @@ class PhasedComponent:
         self.workspace = workspace or Workspace(device)
         self.phases: Phases = split(graph)
         self._held = dict(held or {})
+        weights = weights or SharedWeights(device)
         self._store = Store(keep_bytes)
         self._keys = PhaseKeys(graph, self.phases, self._held)
         self._rows: dict[Phase, int] = {}
-        self._copies: dict[Phase, int] = {}
         self._parts: dict[Phase, NativeComponent] = {
             phase: NativeComponent(
                 part,
                 device=device,
                 workspace=self.workspace,
+                weights=weights,
                 held={name: value for name, value in self._held.items() if name in part.inputs},
             )
             for phase, part in self.phases.graphs.items()
@@ -112,16 +116,14 @@ class PhasedComponent:
             phase: sizes[-1:] if inexact(part.graph) else sizes
             for phase, part in self._parts.items()
         }
-        self._shapes = self._handed_shapes()
-        # What the step reads of other phases, and for each of them the key of what lies in a row.
-        self._buffers = self._make_buffers(1)
-        self._lying: dict[Phase, list[Key | None]] = {phase: [None] for phase in self._parts}
+        self._handed = HandedRows(self.phases, self.workspace.device)
         own = {n: v for n, v in self._held.items() if n in self.phases.graphs[Phase.STEP].inputs}
         self._step = NativeComponent(
             self.phases.graphs[Phase.STEP],
             device=device,
             workspace=self.workspace,
-            held={**own, **self._buffers},
+            weights=weights,
+            held={**own, **self._handed.buffers},
         )
 
     @property
@@ -137,7 +139,7 @@ class PhasedComponent:
     @property
     def buffer_bytes(self) -> int:
         """Where the step reads values of other phases, for the largest batch until now."""
-        return sum(value.nbytes for value in self._buffers.values())
+        return self._handed.bytes
 
     def reserve(self, batch: int) -> None:
         """Make room for this batch size, so that smaller programs stay when it comes."""
@@ -150,8 +152,21 @@ class PhasedComponent:
         with self.workspace.lock:
             self._store.clear()
             self._keys.forget()
-            for lying in self._lying.values():
-                lying[:] = [None] * len(lying)
+            self._handed.forget()
+
+    def reload(self, parameters: Container[str]) -> None:
+        """Read the weights that are made of these parameters again before the next run.
+
+        Values that a phase computed with them go.
+
+        Args:
+            parameters: names that the graph's origins have.
+        """
+        with self.workspace.lock:
+            stale = [part.reload(parameters) for part in self._parts.values()]
+            self._step.reload(parameters)
+            if any(stale):
+                self.forget()
 
     def uses(self, rows: int = 1) -> dict[Phase, Use]:
         """Every phase's cost for a row, its launches in a run of `rows`, and how often it ran."""
@@ -165,7 +180,7 @@ class PhasedComponent:
                     total(costs(graph, 1)),
                     part.program(rows).launches,
                     self._rows.get(phase, 0),
-                    self._copies.get(phase, 0),
+                    self._handed.copies.get(phase, 0),
                 )
         return found
 
@@ -192,7 +207,7 @@ class PhasedComponent:
             wanted = {phase: self._keys.of_phase(phase, known) for phase in self._parts}
             self._compute(wanted, lambda name, places: inputs[name][places], inputs)
             self._fit(rows)
-            self._lay(wanted)
+            self._handed.lay(wanted, self._store)
             graph = self.phases.graphs[Phase.STEP]
             given = {name: inputs[name] for name in graph.inputs if name in inputs}
             found = self._step.program(rows).run(given)
@@ -327,55 +342,7 @@ class PhasedComponent:
     def _count(self, phase: Phase, rows: int) -> None:
         self._rows[phase] = self._rows.get(phase, 0) + rows
 
-    def _lay(self, wanted: Mapping[Phase, Sequence[Key]]) -> None:
-        """Put values where the step reads them, but for those that lie there."""
-        handed = self.phases.sources[Phase.STEP]
-        for phase, keys in wanted.items():
-            names = [name for name, home in handed.items() if home == phase]
-            lying = self._lying[phase]
-            changed = [row for row, key in enumerate(keys) if lying[row] != key] if names else []
-            for first, end in _runs(changed):
-                values = [self._store.get(key) for key in keys[first:end]]
-                # Until all of it is there, nothing is.
-                lying[first:end] = [None] * (end - first)
-                for name in names:
-                    rows = [value[name] for value in values]
-                    torch.stack(rows, out=self._buffers[name][first:end])
-                lying[first:end] = keys[first:end]
-            self._copies[phase] = self._copies.get(phase, 0) + len(changed)
-
     def _fit(self, batch: int) -> None:
-        """Make the buffers large enough; what lay in smaller ones is laid anew."""
-        if any(len(buffer) < batch for buffer in self._buffers.values()):
-            self._buffers = self._make_buffers(batch)
-            self._lying = {phase: [None] * batch for phase in self._parts}
-            own = {n: v for n, v in self._step.held.items() if n not in self._buffers}
-            self._step.hold({**own, **self._buffers})
-
-    def _handed_shapes(self) -> dict[str, Tensor]:
-        """One row of each of the step's handed-over inputs, as its program wants it, on meta."""
-        graph, handed = self.phases.graphs[Phase.STEP], self.phases.sources[Phase.STEP]
-        layout = lay_out(graph, 1)
-        named = zip(graph.inputs, graph.input_nodes(), strict=True)
-        return {name: layout.values[node] for name, node in named if name in handed}
-
-    def _make_buffers(self, batch: int) -> dict[str, Tensor]:
-        """Memory of the step's handed-over inputs, outside of the arena."""
-        found = {}
-        for name, row in self._shapes.items():
-            size = batch * row.numel()
-            flat = torch.zeros(size, dtype=row.dtype, device=self.workspace.device)
-            strides = (row.numel(), *row.stride()[1:])
-            found[name] = flat.as_strided((batch, *row.shape[1:]), strides)
-        return found
-
-
-def _runs(rows: Sequence[int]) -> list[tuple[int, int]]:
-    """Ascending rows as ranges without gaps."""
-    found: list[tuple[int, int]] = []
-    for row in rows:
-        if found and found[-1][1] == row:
-            found[-1] = found[-1][0], row + 1
-        else:
-            found.append((row, row + 1))
-    return found
+        """Make room where the step reads; what lay in less is laid anew."""
+        if self._handed.fit(batch):
+            self._step.hold({**self._step.held, **self._handed.buffers})

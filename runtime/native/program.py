@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, fx
 
 from heatsink.runtime.graph.graph import BATCH, WEIGHT_KEY, Graph, input_name, module_path
+from heatsink.runtime.graph.passes.edit import argument
 from heatsink.runtime.memory import Plan, plan
 from heatsink.runtime.native.calls import Calls
 from heatsink.runtime.native.layout import Layout, lay_out, name_of, tensors
-from heatsink.runtime.native.outs import OUTS, unplanned
+from heatsink.runtime.native.outs import OUTS, PACKING, unplanned
 
 
 class Arena:
@@ -188,7 +189,7 @@ class Program:
         else:
             out = tuple(self._place(node, place) for place in range(len(tensors(meta))))
         self._values[node] = out
-        make = OUTS.get(target) if isinstance(meta, Tensor) else None
+        make = OUTS.get(target) if isinstance(meta, Tensor) and self._may_pack(node) else None
         step = None if make is None else make(args, kwargs, out)
         if step is None:
             self.unplanned.append((str(target), module_path(node)))
@@ -199,6 +200,10 @@ class Program:
         if isinstance(value, fx.Node):
             return self._values[value]
         return self._device if isinstance(value, torch.device) else value
+
+    def _may_pack(self, node: fx.Node) -> bool:
+        """Whether a product's weight is one that is there before the first replay."""
+        return node.target not in PACKING or argument(node, "weight") in self._layout.constant
 
     def _is_view(self, node: fx.Node) -> bool:
         """Whether every tensor of the node is what another node made and left there."""

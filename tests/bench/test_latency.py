@@ -37,6 +37,7 @@ def prepared(tiny_sd1: Path, tmp_path_factory: pytest.TempPathFactory) -> Worklo
         artefacts.onnx(component)
     for precision in ("fp32", "bf16"):
         artefacts.native("unet", precision)
+    GRAPHS.update({(workload.model, *key): graph for key, graph in artefacts._graphs.items()})
     return replace(workload, ready=True)
 
 

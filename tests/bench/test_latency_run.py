@@ -55,6 +55,9 @@ def test_what_is_measured_by_default() -> None:
     # A step of a whole checkpoint takes seconds on a CPU.
     large = Asked(device="cpu", config="sd15").wanted()
     assert (large.counts, large.rounds, large.together) == ({"unet": (2,)}, 3, False)
+    # What preparing took is no longer there for measuring.
+    assert Asked(device="cpu", seconds=10.0).wanted(4.0).seconds == 6.0
+    assert Asked(device="cpu", seconds=10.0).wanted(40.0).seconds == 0.0
     gpu = Asked(device="cuda", config="sdxl", systems=["xformers", "heatsink strict"]).wanted()
     assert (gpu.precisions, gpu.together) == (("bf16",), True)
     assert gpu.systems == ("heatsink strict", "xformers")
@@ -150,18 +153,14 @@ def test_packages_are_metered_over_the_end_of_their_counters(tmp_path: Path) -> 
     assert rapl.joules(start) == pytest.approx((250 + 150) / 1e6)
 
 
-def test_without_counters_the_reason_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_counters_the_reason_is_said(tmp_path: Path) -> None:
     with pytest.raises(NotBuilt, match="not available here: no package of intel-rapl"):
         Rapl(tmp_path)
     zone = write_zone(tmp_path, "intel-rapl:0", "package-0", 1)
     (zone / "energy_uj").unlink()
     with pytest.raises(NotBuilt, match=r"not available here: .*energy_uj"):
         Rapl(tmp_path)
-    monkeypatch.setattr("heatsink.benchmarks.energy.POWERCAP", tmp_path)
-    monkeypatch.setattr("heatsink.benchmarks.energy.Rapl.__init__.__defaults__", (tmp_path,))
-    found = meter("cpu")
+    found = meter("cpu", tmp_path)
     assert isinstance(found, NoMeter)
     assert found.name.startswith("not available here")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+
+import torch
 
 from heatsink.runtime.graph.passes.dead_code import remove_dead_code
 from heatsink.runtime.graph.passes.drop_noops import drop_noop_nodes
@@ -19,11 +21,14 @@ from heatsink.runtime.graph.passes.layouts import settle_layouts
 from heatsink.runtime.graph.passes.lower_products import lower_products
 from heatsink.runtime.graph.passes.merge_equal import merge_equal_nodes
 from heatsink.runtime.graph.passes.pack_projections import pack_projections
+from heatsink.runtime.graph.passes.precision import lower_precision
 from heatsink.runtime.graph.passes.protocol import Pass, to_fixpoint
+from heatsink.runtime.graph.passes.quantise import quantise_fp8
 from heatsink.runtime.graph.passes.residual_tokens import add_residuals_to_tokens
 from heatsink.runtime.graph.passes.row_ports import ROOM, add_row_ports
 from heatsink.runtime.port_layout import PortLayout
 
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _CLEAN = to_fixpoint(drop_noop_nodes, fold_scales, remove_dead_code)
 PASSES_ONNX: tuple[Pass, ...] = (_CLEAN,)
 # Of a graph with ports and of its twin without: else their rows differ in the last bits.
@@ -64,3 +69,23 @@ def native_passes(
     if layout is None:
         return PASSES_NATIVE
     return (*PASSES_NATIVE, add_row_ports(layout, unused, room=room))
+
+
+def precision_passes(precision: str, high: Sequence[str] = ()) -> tuple[Pass, ...]:
+    """What a float32 graph goes through before the passes of an engine of this precision.
+
+    Args:
+        precision: `fp32`, `bf16`, `fp16`, or `fp8`, whose products are those of values rounded to
+            float8_e4m3fn, and whose rest is bf16. The fp8 is only simulated: no kernel has it yet.
+        high: modules (`high.High`) that stay float32; of `fp8`, those whose products stay bf16.
+
+    Raises:
+        ValueError: another precision.
+    """
+    if precision == "fp32":
+        return ()
+    if precision == "fp8":
+        return _CLEAN, quantise_fp8(high), lower_precision(torch.bfloat16)
+    if precision not in HALVES:
+        raise ValueError(f"precision: expected fp32, fp8 or one of {[*HALVES]}, got {precision!r}")
+    return _CLEAN, lower_precision(HALVES[precision], high)

@@ -191,7 +191,7 @@ def test_pictures_are_handed_over_as_convolutions_read_them(seed: int) -> None:
     for rows in (3, 1, 2):
         given = {name: torch.randn(rows, 4, 6, 5) for name in specs}
         assert torch.equal(component.run(given)["out"], whole.run(given)["out"])
-    (buffer,) = component._buffers.values()
+    (buffer,) = component._handed.buffers.values()
     assert buffer.is_contiguous(memory_format=torch.channels_last)
     assert not buffer.is_contiguous()
     assert component.buffer_bytes == 3 * 8 * 6 * 5 * 4
