@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -196,9 +197,8 @@ class Bench:
                 break
             # Turn 0 was checked; no later one asks for what an earlier one did.
             request = self._artefacts.request(table.level, count, turn + 2)
-            # Nobody is always first, nor always behind the same.
-            for place in range(len(entries)):
-                entry = entries[(place + turn) % len(entries)]
+            # Shuffled, so that nobody is always behind the same, whose threads still spin.
+            for entry in random.Random(turn).sample(entries, len(entries)):
                 seconds = self._timed(entry.runner, request)
                 if turn >= 0:
                     entry.samples.append(seconds)

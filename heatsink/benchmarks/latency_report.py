@@ -17,6 +17,8 @@ TITLES = {
     "image": "Whole generations",
 }
 Cells = list[list[str]]
+# Beside the first and the last count of a panel, as a factor.
+_MARGIN = 1.2
 
 
 def table_cells(table: Table) -> tuple[list[str], Cells]:
@@ -203,7 +205,10 @@ def _panel(axes: Any, table: Table, styles: dict[tuple[str, str], dict[str, Any]
     axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda seconds, _: _tick(seconds)))
     axes.yaxis.set_minor_locator(ticker.NullLocator())
-    axes.set_xticks(sorted({row.count for row in table.rows}))
+    shown = sorted({row.count for row in table.rows})
+    axes.set_xticks(shown)
+    # Of a single count Matplotlib would make limits that leave it out.
+    axes.set_xlim(shown[0] / _MARGIN, shown[-1] * _MARGIN)
     axes.set_xlabel(f"{table.unit}s at a time", fontsize=8)
     axes.set_ylabel(f"time for each {table.unit}", fontsize=8)
     axes.tick_params(labelsize=8)

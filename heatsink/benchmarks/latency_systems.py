@@ -7,6 +7,7 @@ answers it. Whatever a library can't do here it says by an error, and is listed 
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ WHOLE, STEP = "whole", "step"
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 # More than the counts of a run: past its limit, PyTorch falls back to eager in silence.
 _RECOMPILES = 256
+# Of each layout, and timed in each round.
+_LAYOUT_ROUNDS, _LAYOUT_CALLS = 3, 2
 
 
 @dataclass
@@ -260,21 +263,24 @@ class Xformers(Eager):
 
 
 def best_layout(artefacts: Artefacts, precision: str, count: int) -> dict[str, float]:
-    """Seconds of a UNet step of the eager module in each layout, the least of three."""
+    """Seconds of a UNet step of the eager module in each layout, the least of all rounds.
+
+    The layouts take turns, so that what else the machine does for a while decides nothing: a slower
+    layout would be a weaker baseline.
+    """
     system = Eager(artefacts, precision)
     (runner,) = system.runners("unet", count)
-    seconds = {}
-    for layout in LAYOUTS:
-        system.set_layout(layout)
-        runner.load(artefacts.request("unet", count, 1))
-        with synchronised(artefacts.workload.device):
+    seconds = dict.fromkeys(LAYOUTS, math.inf)
+    for turn in range(_LAYOUT_ROUNDS):
+        for layout in LAYOUTS:
+            system.set_layout(layout)
+            runner.load(artefacts.request("unet", count, turn + 1))
+            # Untimed: the weights were just moved.
             runner.run()
-        samples = []
-        for _ in range(3):
-            with synchronised(artefacts.workload.device) as clock:
-                runner.run()
-            samples.append(clock())
-        seconds[layout] = min(samples)
+            for _ in range(_LAYOUT_CALLS):
+                with synchronised(artefacts.workload.device) as clock:
+                    runner.run()
+                seconds[layout] = min(seconds[layout], clock())
     return seconds
 
 
