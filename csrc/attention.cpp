@@ -27,6 +27,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kChunk = 256;              // queries a task has at most
+constexpr int64_t kPairChunk = 1024;         // the same of bfloat16
 constexpr int64_t kChunkFloats = 1 << 17;    // and what they may take up, so that they stay in L2
 constexpr int64_t kGrainProducts = 1 << 18;  // products that are worth a thread
 
@@ -90,13 +91,24 @@ int64_t count_tasks(const Attention& a) {
 
 // How many queries a task has, a multiple of 32. No bits depend on it, so the threads may.
 int64_t choose_chunk(Attention a) {
-  a.chunk = std::min(kChunk, heatsink::round_up(a.queries, 2 * heatsink::kLanes));
+  a.chunk = std::min(a.element == Element::BFloat16 ? kPairChunk : kChunk,
+                     heatsink::round_up(a.queries, 2 * heatsink::kLanes));
   const int64_t wanted = 2 * static_cast<int64_t>(torch::stable::get_num_threads());
   while (a.chunk > 2 * heatsink::kLanes &&
          (a.chunk * a.channels > kChunkFloats || count_tasks(a) < wanted)) {
     a.chunk = heatsink::round_up(a.chunk / 2, 2 * heatsink::kLanes);
   }
   return a.chunk;
+}
+
+// AMX has no products of float32: they run in AVX-512.
+AttentionKernel choose_kernel() {
+#ifdef HEATSINK_X86_KERNELS
+  return heatsink::choose_instructions(&heatsink::attention_avx512, &heatsink::attention_avx2,
+                                       &heatsink::attention_portable, &heatsink::attention_amx);
+#else
+  return HEATSINK_CHOOSE(attention);
+#endif
 }
 
 // q: (batch, queries, heads, channels); k, v: (batch, keys, heads, channels); any strides. `out` is
@@ -139,7 +151,7 @@ void attention_out(Tensor q, Tensor k, Tensor v, double scale, bool causal,
   }
   a.chunk = choose_chunk(a);
 
-  static const AttentionKernel kernel = HEATSINK_CHOOSE(attention);
+  static const AttentionKernel kernel = choose_kernel();
   const int64_t products = 2 * a.chunk * a.keys * a.channels;
   const int64_t grain = std::max<int64_t>(1, kGrainProducts / products);
   const int64_t floats = heatsink::scratch_floats(a);

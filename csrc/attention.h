@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "lanes.h"
+#include "tile.h"
 
 namespace heatsink {
 
@@ -30,6 +31,8 @@ struct Attention {
 // would lose digits. The bits depend on both.
 constexpr int64_t kKeyBlock = 128;
 constexpr int64_t kChannelBlock = 64;
+// The same of bfloat16, whose products are summed as tile.h says (csrc/attention_pairs.h).
+constexpr int64_t kPairBlock = 128;
 
 // Distance of rows of `channels` floats in scratch; the odd number of cache lines of long ones
 // spreads them over the sets of a cache.
@@ -37,8 +40,19 @@ constexpr int64_t row_pitch(int64_t channels) {
   return round_up(channels, kLanes) + (channels < 128 ? 0 : kLanes);
 }
 
+// Distances of rows of channels and of keys of bfloat16 in scratch, in bytes.
+constexpr int64_t pair_pitch(int64_t channels) { return 2 * round_up(channels, kTile) + 64; }
+constexpr int64_t kPairKeys = 2 * kPairBlock + 64;
+
 // Floats of scratch that a thread needs.
 inline int64_t scratch_floats(const Attention& a) {
+  if (a.element == Element::BFloat16) {
+    const int64_t channels = round_up(a.channels, kTile);
+    const int64_t rows = kLanes * ((channels > kPairBlock ? channels : kPairBlock) + kLanes);
+    return a.chunk * (channels / 2 + channels + 2) + kPairBlock * pair_pitch(a.channels) / 4 +
+           channels * kPairKeys / 4 + 2 * kPairBlock * (kPanel + kPanel / 2) + kPairBlock * kLanes +
+           rows;
+  }
   const int64_t pitch = row_pitch(a.channels);
   const int64_t rows = kLanes * (pitch > kKeyBlock ? pitch : kKeyBlock);
   return 2 * a.chunk * (pitch + 1) + 2 * kKeyBlock * pitch + 4 * kKeyBlock * kLanes + rows;
@@ -51,6 +65,7 @@ void attention_portable(const Attention& a, int64_t begin, int64_t end, float* s
 #ifdef HEATSINK_X86_KERNELS
 void attention_avx2(const Attention& a, int64_t begin, int64_t end, float* scratch);
 void attention_avx512(const Attention& a, int64_t begin, int64_t end, float* scratch);
+void attention_amx(const Attention& a, int64_t begin, int64_t end, float* scratch);
 #endif
 
 }  // namespace heatsink

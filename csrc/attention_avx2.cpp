@@ -12,12 +12,19 @@
 #include <immintrin.h>
 
 #include "attention_kernel.h"
+#include "attention_pairs.h"
+#include "flush.h"
 #include "lanes_avx2.h"
 
 namespace heatsink {
 
 void attention_avx2(const Attention& a, int64_t begin, int64_t end, float* scratch) {
-  run_tasks<Avx2>(a, begin, end, scratch);
+  if (a.element == Element::BFloat16) {
+    const FlushDenormals flush;
+    run_pairs<VectorPairs<Avx2, 2>>(a, begin, end, scratch);
+  } else {
+    run_tasks<Avx2>(a, begin, end, scratch);
+  }
 }
 
 }  // namespace heatsink

@@ -15,12 +15,19 @@
 #include <immintrin.h>
 
 #include "attention_kernel.h"
+#include "attention_pairs.h"
+#include "flush.h"
 #include "lanes_avx512.h"
 
 namespace heatsink {
 
 void attention_avx512(const Attention& a, int64_t begin, int64_t end, float* scratch) {
-  run_tasks<Avx512>(a, begin, end, scratch);
+  if (a.element == Element::BFloat16) {
+    const FlushDenormals flush;
+    run_pairs<VectorPairs<Avx512, 6>>(a, begin, end, scratch);
+  } else {
+    run_tasks<Avx512>(a, begin, end, scratch);
+  }
 }
 
 }  // namespace heatsink

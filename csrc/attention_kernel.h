@@ -342,10 +342,11 @@ struct Task {
       char* out = static_cast<char*>(a.out) + place * size_of(a.element);
       const int64_t rows = smaller(kLanes, queries - g * kLanes);
       if (a.element == Element::Float && channels % 4 == 0 && rows == kLanes) {
-        transpose_columns<I>(columns, channels, factor, reinterpret_cast<float*>(out), pitch);
+        transpose_columns<I>(columns, kLanes, channels, factor, reinterpret_cast<float*>(out),
+                             pitch);
         continue;
       }
-      transpose_columns<I>(columns, channels, factor, s.rows, s.pitch);
+      transpose_columns<I>(columns, kLanes, channels, factor, s.rows, s.pitch);
       write_rows<I>({s.rows, s.pitch}, rows, channels, a.element, out, pitch);
     }
   }

@@ -101,6 +101,23 @@ Rows rows_of(const Plane& x, int64_t first, int64_t rows, int64_t last, int64_t 
   return {memory, pitch};
 }
 
+// out[c][lane] = rows[lane][c] for 16 rows of so many words of 4 bytes, whatever they are; `pitch`
+// and `out_pitch` in words. Words past the last, up to a multiple of 4, are read and written too.
+template <typename I>
+HEATSINK_INLINE void transpose_words(const float* rows, int64_t pitch, int64_t words, float* out,
+                                     int64_t out_pitch) {
+  for (int64_t c = 0; c < words; c += 4) {
+    typename I::V a[4];
+    for (int64_t r = 0; r < 4; ++r) {
+      a[r] = I::gather(rows + r * pitch + c, pitch);
+    }
+    I::transpose(a);
+    for (int64_t r = 0; r < 4; ++r) {
+      I::store(out + (c + r) * out_pitch, a[r]);
+    }
+  }
+}
+
 // out[c][lane] = factor * rows[lane][c] for 16 rows.
 template <typename I>
 void transpose_rows(Rows rows, int64_t columns, float factor, float* out) {
@@ -118,14 +135,14 @@ void transpose_rows(Rows rows, int64_t columns, float factor, float* out) {
   }
 }
 
-// rows[lane][c] = factor[lane] * columns[c][lane] for 16 rows.
+// rows[lane][c] = factor[lane] * columns[c][lane] for 16 rows; columns lie `step` floats apart.
 template <typename I>
-void transpose_columns(const float* columns, int64_t channels, typename I::V factor, float* rows,
-                       int64_t pitch) {
+void transpose_columns(const float* columns, int64_t step, int64_t channels, typename I::V factor,
+                       float* rows, int64_t pitch) {
   for (int64_t c = 0; c < channels; c += 4) {
     typename I::V a[4];
     for (int64_t i = 0; i < 4; ++i) {
-      a[i] = I::mul(I::load(columns + (c + i) * kLanes), factor);
+      a[i] = I::mul(I::load(columns + (c + i) * step), factor);
     }
     I::transpose(a);
     for (int64_t i = 0; i < 4; ++i) {

@@ -9,14 +9,14 @@
 namespace heatsink {
 
 // The fastest of what the processor can run, or the one that the environment's HEATSINK_CPU names.
-// avx512 and avx2 are null where they were not compiled.
+// avx512 and avx2 are null where they were not compiled; what has no `amx` of its own, which has
+// matrix products alone, runs AVX-512 beside it.
 template <typename Kernel>
-Kernel choose_instructions(Kernel avx512, Kernel avx2, Kernel portable) {
+Kernel choose_instructions(Kernel avx512, Kernel avx2, Kernel portable, Kernel amx = nullptr) {
   std::vector<Choice<Kernel>> found;
 #ifdef HEATSINK_X86_KERNELS
-  // AMX has matrix products alone; what has none of its own runs AVX-512 beside it.
   if (has_amx()) {
-    found.push_back({"amx", avx512});
+    found.push_back({"amx", amx == nullptr ? avx512 : amx});
   }
   if (has_avx512()) {
     found.push_back({"avx512", avx512});
@@ -27,6 +27,7 @@ Kernel choose_instructions(Kernel avx512, Kernel avx2, Kernel portable) {
 #else
   (void)avx512;
   (void)avx2;
+  (void)amx;
 #endif
   found.push_back({"portable", portable});
   return choose(found).kernel;

@@ -50,6 +50,48 @@ struct Avx2 {
   static V times_power(V a, V shifted) {
     return {times_power(a.low, shifted.low), times_power(a.high, shifted.high)};
   }
+  static __m256 above(__m256 a, __m256 x, __m256 y) {
+    return _mm256_and_ps(a, _mm256_cmp_ps(x, y, _CMP_NLE_UQ));
+  }
+  static V times_power_above(V a, V shifted, V x, V y) {
+    const V product = times_power(a, shifted);
+    return {above(product.low, x.low, y.low), above(product.high, x.high, y.high)};
+  }
+  static __m256 even(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
+  static __m256 odd(__m256i pairs) {
+    return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(-0x10000)));
+  }
+  static void split(const char* p, V& evens, V& odds) {
+    const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32));
+    evens = {even(low), even(high)};
+    odds = {odd(low), odd(high)};
+  }
+  static void split_splat(const char* p, V& evens, V& odds) {
+    int32_t pair;
+    std::memcpy(&pair, p, sizeof pair);
+    const __m256i pairs = _mm256_set1_epi32(pair);
+    evens = {even(pairs), even(pairs)};
+    odds = {odd(pairs), odd(pairs)};
+  }
+  static void interleave(const char* evens, const char* odds, char* p) {
+    for (int64_t i = 0; i < 32; i += 16) {
+      const __m256i a = _mm256_cvtepu16_epi32(load_half(evens + i));
+      const __m256i b = _mm256_slli_epi32(_mm256_cvtepu16_epi32(load_half(odds + i)), 16);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 2 * i), _mm256_or_si256(a, b));
+    }
+  }
+  static void join(__m256 even, __m256 odd, char* p) {
+    const __m256i half = _mm256_set1_epi32(0x8000);
+    const __m256i low = _mm256_srli_epi32(_mm256_add_epi32(_mm256_castps_si256(even), half), 16);
+    const __m256i high = _mm256_and_si256(_mm256_add_epi32(_mm256_castps_si256(odd), half),
+                                          _mm256_set1_epi32(-0x10000));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_or_si256(low, high));
+  }
+  static void join(V evens, V odds, char* p) {
+    join(evens.low, odds.low, p);
+    join(evens.high, odds.high, p + 32);
+  }
   static __m128i load_half(const char* p) {
     return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   }

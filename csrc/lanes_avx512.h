@@ -35,6 +35,39 @@ struct Avx512 {
     const __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(shifted), 23);
     return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), exponent));
   }
+  // What lies at even and at odd places of 32 bfloat16.
+  static void split(__m512i pairs, V& even, V& odd) {
+    even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+    odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(-0x10000)));
+  }
+  static void split(const char* p, V& even, V& odd) { split(_mm512_loadu_si512(p), even, odd); }
+  static void split_splat(const char* p, V& even, V& odd) {
+    int32_t pair;
+    std::memcpy(&pair, p, sizeof pair);
+    split(_mm512_set1_epi32(pair), even, odd);
+  }
+  // 16 bfloat16 of each, side by side in pairs.
+  static void interleave(const char* even, const char* odd, char* p) {
+    const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(even));
+    const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd));
+    _mm512_storeu_si512(p, _mm512_or_si512(_mm512_cvtepu16_epi32(a),
+                                           _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16)));
+  }
+  // Two vectors in pairs, rounded to nearest, ties upwards in magnitude; NaN stays one.
+  static void join(V even, V odd, char* p) {
+    const __m512i half = _mm512_set1_epi32(0x8000);
+    const __m512i low = _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(even), half), 16);
+    const __m512i high = _mm512_add_epi32(_mm512_castps_si512(odd), half);
+    // low | (high & mask)
+    const __m512i pairs = _mm512_ternarylogic_epi32(low, high, _mm512_set1_epi32(-0x10000), 0xF8);
+    _mm512_storeu_si512(p, pairs);
+  }
+  // a * 2^n where not x <= y, else 0; `shifted` is as times_power has it.
+  static V times_power_above(V a, V shifted, V x, V y) {
+    const __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(shifted), 23);
+    return _mm512_castsi512_ps(_mm512_maskz_add_epi32(_mm512_cmp_ps_mask(x, y, _CMP_NLE_UQ),
+                                                      _mm512_castps_si512(a), exponent));
+  }
   static V widen_half(const char* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }

@@ -114,6 +114,32 @@ struct Portable {
     std::memcpy(out.lane, bits, sizeof bits);
     return out;
   }
+  static V times_power_above(const V& a, const V& shifted, const V& x, const V& y) {
+    const V product = times_power(a, shifted);
+    return map([&](int64_t i) { return x.lane[i] <= y.lane[i] ? 0.0f : product.lane[i]; });
+  }
+  static void split(const char* p, V& even, V& odd) {
+    even = map([&](int64_t i) { return float_of_bfloat16(element(p, 2 * i)); });
+    odd = map([&](int64_t i) { return float_of_bfloat16(element(p, 2 * i + 1)); });
+  }
+  static void split_splat(const char* p, V& even, V& odd) {
+    even = splat(float_of_bfloat16(element(p, 0)));
+    odd = splat(float_of_bfloat16(element(p, 1)));
+  }
+  static void interleave(const char* even, const char* odd, char* p) {
+    for (int64_t i = 0; i < kLanes; ++i) {
+      std::memcpy(p + 4 * i, even + 2 * i, 2);
+      std::memcpy(p + 4 * i + 2, odd + 2 * i, 2);
+    }
+  }
+  static void join(const V& even, const V& odd, char* p) {
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const uint32_t low = (bits_as<uint32_t>(even.lane[i]) + 0x8000u) >> 16;
+      const uint32_t high = (bits_as<uint32_t>(odd.lane[i]) + 0x8000u) & 0xFFFF0000u;
+      const uint32_t pair = low | high;
+      std::memcpy(p + 4 * i, &pair, sizeof pair);
+    }
+  }
   static uint16_t element(const char* p, int64_t i) {
     uint16_t x;
     std::memcpy(&x, p + 2 * i, sizeof x);

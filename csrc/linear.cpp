@@ -80,23 +80,34 @@ Tensor linear(Tensor x, Tensor weight, Given bias, Given residual, Given sample_
 
 void linear_packed(Tensor x, Tensor weight, Given bias, Given residual, Given sample_add,
                    std::string activation, Tensor scratch, Tensor out) {
-  STD_TORCH_CHECK(
-      x.dim() >= 1 && out.dim() == x.dim() && out.scalar_type() == x.scalar_type() && out.is_cpu(),
-      "out: expected as many dimensions as x, of its dtype");
   if (out.numel() == 0) {
     return;
   }
-  STD_TORCH_CHECK(steps(out) != heatsink::kUneven, "out: expected evenly spaced dense rows");
-  Product p{};
-  p.columns = out.size(out.dim() - 1) * (activation == "geglu" ? 2 : 1);
-  set_rows(p, x);
-  STD_TORCH_CHECK(out.numel() / out.size(out.dim() - 1) == p.rows, "out: expected x's rows");
-  heatsink::set_product(p, x, weight, bias, sample_add, activation);
-  set_result(p, residual, out);
+  Product p = heatsink::linear_product(x, weight, bias, residual, sample_add, activation, out);
   heatsink::run_in(p, scratch);
 }
 
 }  // namespace
+
+namespace heatsink {
+
+Product linear_product(const Tensor& x, const Tensor& weight, const Given& bias,
+                       const Given& residual, const Given& sample_add,
+                       const std::string& activation, Tensor& out) {
+  STD_TORCH_CHECK(
+      x.dim() >= 1 && out.dim() == x.dim() && out.scalar_type() == x.scalar_type() && out.is_cpu(),
+      "out: expected as many dimensions as x, of its dtype");
+  STD_TORCH_CHECK(steps(out) != kUneven, "out: expected evenly spaced dense rows");
+  Product p{};
+  p.columns = out.size(out.dim() - 1) * (activation == "geglu" ? 2 : 1);
+  set_rows(p, x);
+  STD_TORCH_CHECK(out.numel() / out.size(out.dim() - 1) == p.rows, "out: expected x's rows");
+  set_product(p, x, weight, bias, sample_add, activation);
+  set_result(p, residual, out);
+  return p;
+}
+
+}  // namespace heatsink
 
 STABLE_TORCH_LIBRARY_IMPL(heatsink, CPU, m) {
   m.impl("linear", TORCH_BOX(&linear));

@@ -11,6 +11,8 @@
 #include <vector>
 
 #include "instructions.h"
+#include "lora_terms.h"
+#include "recorder.h"
 #include "scratch.h"
 
 namespace {
@@ -41,7 +43,7 @@ Element element_of(const Tensor& x) {
     case ScalarType::BFloat16:
       return Element::BFloat16;
     default:
-      STD_TORCH_CHECK(false, "y: expected float16, bfloat16 or float32");
+      STD_TORCH_CHECK(false, "expected float16, bfloat16 or float32");
   }
 }
 
@@ -155,6 +157,8 @@ struct Table {
 };
 
 void describe_bank(const Tensor& a, const Tensor& b, LoraRows& call) {
+  STD_TORCH_CHECK(a.scalar_type() == b.scalar_type(), "b: expected a's dtype");
+  call.bank = element_of(a);
   call.a = static_cast<const char*>(a.const_data_ptr());
   call.b = static_cast<const char*>(b.const_data_ptr());
   call.a_slot = a.stride(0);
@@ -211,39 +215,52 @@ int64_t choose_chunk(int64_t tokens, int64_t rows) {
   return chunk;
 }
 
-void run(LoraRows& call, Table& table, bool turned) {
+// Does a step of a call for `items`, of so many products each.
+void in_parallel(const LoraRows& call, const Table& table, LoraStep step, int64_t items,
+                 int64_t products) {
   static const LoraKernel kernel = HEATSINK_CHOOSE(lora_rows);
   const int64_t floats = heatsink::lora_scratch(table.widest, table.blocks);
-  const auto in_parallel = [&](LoraStep step, int64_t items, int64_t products) {
-    const int64_t grain = std::max<int64_t>(1, kGrainProducts / std::max<int64_t>(1, products));
-    torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
-      kernel(call, step, begin, end, heatsink::thread_scratch(floats));
-    });
-  };
+  const int64_t grain = std::max<int64_t>(1, kGrainProducts / std::max<int64_t>(1, products));
+  torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
+    kernel(call, step, begin, end, heatsink::thread_scratch(floats));
+  });
+}
+
+// Brings the adapters that are used into the kernels' form.
+void pack(LoraRows& call, Table& table) {
+  table.place(call);
+  in_parallel(call, table, LoraStep::Pack,
+              static_cast<int64_t>(table.packed.size()) * (call.taps + 1), call.inputs * kLanes);
+}
+
+// Products of a chunk of a row.
+int64_t products_of(const LoraRows& call, const Table& table) {
+  const int64_t rows = std::max<int64_t>(1, static_cast<int64_t>(table.rows.size()));
+  const int64_t mean_rank = std::max<int64_t>(1, table.ranks / rows);
+  return call.chunk * mean_rank * (call.inputs * call.taps + call.outputs);
+}
+
+void run(LoraRows& call, Table& table, bool turned) {
   const auto rows = static_cast<int64_t>(table.rows.size());
   const int64_t line = call.width * heatsink::image_pitch(call);
   const int64_t together =
       turned ? std::max<int64_t>(1, kImageFloats / (call.height * line)) : rows;
-  const int64_t mean_rank = std::max<int64_t>(1, table.ranks / rows);
   call.chunk = choose_chunk(call.tokens, std::min(rows, together));
   const int64_t chunks = (call.tokens + call.chunk - 1) / call.chunk;
-  table.place(call);
-  in_parallel(LoraStep::Pack, static_cast<int64_t>(table.packed.size()) * (call.taps + 1),
-              call.inputs * kLanes);
+  pack(call, table);
   for (int64_t first = 0; first < rows; first += together) {
     const int64_t count = std::min(together, rows - first);
     call.rows = table.rows.data() + first;
     if (turned) {
       call.image = heatsink::thread_scratch(count * call.height * line, heatsink::kImages);
-      in_parallel(LoraStep::Image, count * call.height, line);
+      in_parallel(call, table, LoraStep::Image, count * call.height, line);
     }
-    in_parallel(LoraStep::Rows, count * chunks,
-                call.chunk * mean_rank * (call.inputs * call.taps + call.outputs));
+    in_parallel(call, table, LoraStep::Rows, count * chunks, products_of(call, table));
   }
 }
 
 // y: (R, ..., out) and x: (R, ..., in), or (R, out, H', W') and (R, in, H, W); a: (S, rank, in) or
-// (S, rank, in, kh, kw); b: (S, rank, out). Changes y.
+// (S, rank, in, kh, kw); b: (S, rank, out), of any float dtype both. Changes y.
 void lora_rows(Tensor y, Tensor x, Tensor a, Tensor b, Tensor slots, Tensor scales,
                std::optional<Tensor> ranks, int64_t stride_h, int64_t stride_w, int64_t pad_h,
                int64_t pad_w, int64_t dilation_h, int64_t dilation_w) {
@@ -294,4 +311,61 @@ void lora_rows(Tensor y, Tensor x, Tensor a, Tensor b, Tensor slots, Tensor scal
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(heatsink, CPU, m) { m.impl("lora_rows", TORCH_BOX(&lora_rows)); }
+namespace heatsink {
+
+struct LoraTerms::State {
+  LoraRows call{};
+  Table table;
+
+  State(const Tensor& a, const Tensor& slots, const Tensor& scales,
+        const std::optional<Tensor>& ranks)
+      : table(a, slots, scales, ranks, call) {}
+};
+
+LoraTerms::LoraTerms(const Tensor& x, const Tensor& a, const Tensor& b, const Tensor& slots,
+                     const Tensor& scales, const std::optional<Tensor>& ranks) {
+  STD_TORCH_CHECK(a.dim() == 3 && b.dim() == 3 && b.size(0) == a.size(0) &&
+                      b.size(1) == a.size(1) && a.size(2) == x.size(x.dim() - 1) &&
+                      slots.dim() == 2 && slots.size(0) == x.size(0) &&
+                      joined_stride(x, 1, x.dim() - 1) >= 0,
+                  "lora_linear: expected the shapes that kernels/lora_linear.py checks");
+  state_ = std::make_unique<State>(a, slots, scales, ranks);
+  LoraRows& call = state_->call;
+  for (const ActiveRow& row : state_->table.rows) {
+    places_.resize(static_cast<size_t>(row.row + 1), -1);
+    places_[row.row] = &row - state_->table.rows.data();
+  }
+  places_.resize(static_cast<size_t>(x.size(0)), -1);
+  if (state_->table.rows.empty()) {
+    return;
+  }
+  call.element = element_of(x);
+  describe_bank(a, b, call);
+  describe_tokens(x, call);
+  call.step_h = call.step_w = call.dilation_h = call.dilation_w = 1;
+  call.y_token = call.outputs;
+  call.y_output = 1;
+  pack(call, state_->table);
+}
+
+LoraTerms::~LoraTerms() = default;
+
+void LoraTerms::add(int64_t sample, int64_t first, int64_t tokens, char* y) const {
+  const int64_t size = call_bytes();
+  LoraRows part = state_->call;
+  part.rows = state_->table.rows.data() + places_[sample];
+  part.x.data += first * part.x.h * size;
+  part.tokens = part.height = tokens;
+  part.chunk = choose_chunk(tokens, 1);
+  // Of one row only, wherever it is.
+  part.y = y;
+  part.y_row = 0;
+  in_parallel(part, state_->table, LoraStep::Rows, (tokens + part.chunk - 1) / part.chunk,
+              products_of(part, state_->table));
+}
+
+int64_t LoraTerms::call_bytes() const { return state_->call.element == Element::Float ? 4 : 2; }
+
+}  // namespace heatsink
+
+STABLE_TORCH_LIBRARY_IMPL(heatsink, CPU, m) { m.impl("lora_rows", HEATSINK_RECORDABLE(lora_rows)); }

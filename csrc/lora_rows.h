@@ -40,7 +40,8 @@ struct LoraRows {
   Pixels x;
   const char *a, *b;
   char* y;
-  Element element;
+  Element element;                           // of x and y
+  Element bank;                              // of a and b
   int64_t a_slot, a_rank, a_channel, a_tap;  // strides in elements
   int64_t b_slot, b_rank, b_output;
   int64_t y_row, y_token, y_output;

@@ -33,13 +33,13 @@ void transpose_to(Rows rows, int64_t columns, float* out, int64_t pitch) {
 template <typename I>
 void pack_down(const LoraRows& c, const Packed& slot, int64_t tap, float* scratch) {
   constexpr int64_t kColumns = 4 * kChannels;
-  const int64_t size = size_of(c.element);
+  const int64_t size = size_of(c.bank);
   const int64_t blocks = round_up(slot.rank, kLanes) / kLanes;
   const char* const a = c.a + (slot.slot * c.a_slot + tap * c.a_tap) * size;
   for (int64_t block = 0; block < blocks; ++block) {
     float* const out = slot.down + (tap * blocks + block) * channels_of_panel(c) * kLanes;
     for (int64_t first = 0; first < c.inputs; first += kColumns) {
-      const Plane part{a + first * c.a_channel * size, c.element, c.a_rank, c.a_channel};
+      const Plane part{a + first * c.a_channel * size, c.bank, c.a_rank, c.a_channel};
       const int64_t columns = smaller(kColumns, c.inputs - first);
       const Rows rows =
           rows_of<I>(part, block * kLanes, kLanes, slot.rank - 1, columns, scratch, kColumns);
@@ -50,8 +50,8 @@ void pack_down(const LoraRows& c, const Packed& slot, int64_t tap, float* scratc
 
 template <typename I>
 void pack_up(const LoraRows& c, const Packed& slot) {
-  const int64_t size = size_of(c.element);
-  const Plane b{c.b + slot.slot * c.b_slot * size, c.element, c.b_rank, c.b_output};
+  const int64_t size = size_of(c.bank);
+  const Plane b{c.b + slot.slot * c.b_slot * size, c.bank, c.b_rank, c.b_output};
   read_rows<I>(b, 0, slot.rank, slot.rank - 1, 0, c.outputs, slot.up, output_pitch(c));
 }
 

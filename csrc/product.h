@@ -8,6 +8,9 @@
 
 #include <cstdint>
 
+#include "lanes.h"
+#include "tile.h"
+
 namespace heatsink {
 
 enum class Activation { None, Silu, Gelu, GeluTanh, QuickGelu, Geglu };
@@ -48,15 +51,9 @@ struct Product {
   int64_t task_depth;  // what is worked on at a time; in float32 a multiple of kSum
 };
 
-constexpr int64_t kLanes = 16;
-constexpr int64_t kPanel = 32;  // columns of W that are worked on side by side
 // Float32 sums go over so many products, one fused multiply-add after the other, before they are
 // added to what came before: long sums would lose digits. The bits depend on it.
 constexpr int64_t kSum = 128;
-// bfloat16 sums go over so many products as AMX defines them: those of even and of odd places are
-// summed apart, each from 0, and their sum is added to what came before, denormal numbers flushed
-// to 0 throughout. Other instruction sets do the same.
-constexpr int64_t kTile = 32;
 // The depth that is worked on at a time, at most, in bfloat16 and in float32.
 constexpr int64_t kDepth = 640;
 constexpr int64_t kFloatDepth = 4 * kSum;
@@ -67,7 +64,6 @@ constexpr int64_t kTaskSums =
     192 << 10;  // sums that a task keeps if the depth is worked on in parts
 constexpr int64_t kTaskWeight = 1 << 20;  // bytes of W that a task goes over again and again
 
-constexpr int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 constexpr int64_t ceil_div(int64_t value, int64_t step) { return (value + step - 1) / step; }
 
 // Bytes of scratch that a thread needs: copied rows of A, then sums.
@@ -100,8 +96,7 @@ inline int64_t pitch_of(const Product& p) { return p.task_depth * (p.bfloat16 ? 
 using ProductKernel = void (*)(const Product& p, int64_t task, char* scratch);
 void product_portable(const Product& p, int64_t task, char* scratch);
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define HEATSINK_X86_KERNELS
+#ifdef HEATSINK_X86_KERNELS
 void product_avx2(const Product& p, int64_t task, char* scratch);
 void product_avx512(const Product& p, int64_t task, char* scratch);
 void product_amx(const Product& p, int64_t task, char* scratch);  // bfloat16 alone

@@ -24,6 +24,13 @@ void set_product(Product& p, const Tensor& x, const Tensor& weight,
                  const std::optional<Tensor>& bias, const std::optional<Tensor>& sample_add,
                  const std::string& activation);
 
+// The product of a linear layer: every tensor with dense and evenly spaced rows, the weight packed.
+// `out` has elements.
+Product linear_product(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                       const std::optional<Tensor>& residual,
+                       const std::optional<Tensor>& sample_add, const std::string& activation,
+                       Tensor& out);
+
 // Copies what is given if its last dimension is not dense.
 void make_dense(std::optional<Tensor>& given);
 

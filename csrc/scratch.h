@@ -18,6 +18,7 @@ enum Scratch : int {
   kDenseOther,  // of another
   kBank,        // adapters of a bank in float32
   kImages,      // an image of every row, with its edges
+  kTerms,       // what is added to a block of tokens
   kParameters,  // up to four parameters as float32
   kScratches = kParameters + 4,
 };

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from heatsink.export.exactness import bucket_sizes, close_sizes
 from heatsink.export.manifest import Backend as BackendName
+from heatsink.export.ported_exactness import COUNTS
 from heatsink.runtime import buckets
 from heatsink.runtime.errors import NotBuilt
 
 if TYPE_CHECKING:
+    from heatsink.runtime.backends.native_ports import BankView
     from heatsink.runtime.backends.session import Session
     from heatsink.runtime.graph.graph import Graph
     from heatsink.runtime.graph.passes import Pass
     from heatsink.runtime.graph.weight import Origin
     from heatsink.runtime.native.component import Workspace
+    from heatsink.runtime.port_layout import PortLayout
 
 
 @dataclass(frozen=True)
@@ -71,10 +74,34 @@ class Backend(Protocol):
         """
         ...
 
+    @property
+    def rooms(self) -> tuple[int, ...]:
+        """How many adapters a row of a ported graph may have room for."""
+        ...
+
+    def add_ports(self, layout: PortLayout, unused: Collection[str]) -> Pass:
+        """The pass that gives a graph ports, after `passes`; the unused modules get none."""
+        ...
+
+    def write_ported(self, graph: Graph, twin: Written, *, opset: int | None) -> Path:
+        """Write a graph with ports beside the one without, whose weights it shares.
+
+        Raises:
+            NotBuilt, ResourceError: as `write`.
+        """
+        ...
+
     def open(
-        self, name: str, path: Path, *, largest: int, threads: int, workspace: Workspace | None
+        self,
+        name: str,
+        path: Path,
+        *,
+        largest: int,
+        threads: int,
+        workspace: Workspace | None,
+        bank: BankView | None = None,
     ) -> Session:
-        """Open what `write` wrote.
+        """Open what `write` or `write_ported` wrote.
 
         Args:
             name: of the component.
@@ -82,6 +109,7 @@ class Backend(Protocol):
             largest: rows that are run at once, at most.
             threads: of a CPU; 0 lets the backend choose.
             workspace: memory shared with other components that never run at the same time.
+            bank: of a graph with ports.
         """
         ...
 
@@ -114,10 +142,36 @@ class OnnxRuntime:
         files = (made.path, *([made.data] if made.data else []))
         return Written(made.path, files, made.origins, made.opset)
 
+    @property
+    def rooms(self) -> tuple[int, ...]:
+        """Each is another shape of the inputs."""
+        return COUNTS
+
+    def add_ports(self, layout: PortLayout, unused: Collection[str]) -> Pass:
+        """One node a port, which is translated to standard operators."""
+        from heatsink.runtime.graph.passes.ports import add_ports
+
+        return add_ports(layout, unused)
+
+    def write_ported(self, graph: Graph, twin: Written, *, opset: int | None) -> Path:
+        """`NAME_ports.onnx`."""
+        from heatsink.export.onnx import to_onnx
+
+        path = twin.graph.with_name(f"{graph.component}_ports.onnx")
+        to_onnx(graph, path, opset=opset, weights_of=twin.graph)
+        return path
+
     def open(
-        self, name: str, path: Path, *, largest: int, threads: int, workspace: Workspace | None
+        self,
+        name: str,
+        path: Path,
+        *,
+        largest: int,
+        threads: int,
+        workspace: Workspace | None,
+        bank: BankView | None = None,
     ) -> Session:
-        """The library plans its own memory."""
+        """The library plans its own memory, and takes the bank as inputs."""
         from heatsink.runtime.backends.onnxruntime import OnnxRuntimeSession
 
         return OnnxRuntimeSession(name, path, threads=threads)
@@ -150,18 +204,46 @@ class Native:
         made = to_native(graph, folder / f"{graph.component}.graph.json")
         return Written(made.path, (made.path, made.data), made.origins)
 
+    @property
+    def rooms(self) -> tuple[int, ...]:
+        """One shape for any number: what a row lacks costs nothing."""
+        from heatsink.runtime.graph.passes.row_ports import ROOM
+
+        return (ROOM,)
+
+    def add_ports(self, layout: PortLayout, unused: Collection[str]) -> Pass:
+        """Ports in the finished graph; rows without adapters keep their bits."""
+        from heatsink.runtime.graph.passes.row_ports import add_row_ports
+
+        return add_row_ports(layout, unused)
+
+    def write_ported(self, graph: Graph, twin: Written, *, opset: int | None) -> Path:
+        """`NAME_ports.graph.json`."""
+        from heatsink.export.native import to_native
+
+        path = twin.graph.with_name(f"{graph.component}_ports.graph.json")
+        return to_native(graph, path, weights=False).path
+
     def open(
-        self, name: str, path: Path, *, largest: int, threads: int, workspace: Workspace | None
+        self,
+        name: str,
+        path: Path,
+        *,
+        largest: int,
+        threads: int,
+        workspace: Workspace | None,
+        bank: BankView | None = None,
     ) -> Session:
         """A session on the workspace, or on one of its own."""
         from heatsink.export.native import data_of
         from heatsink.runtime.backends.native import NativeSession, read_graph
+        from heatsink.runtime.backends.native_ports import PortedNativeSession
         from heatsink.runtime.native.component import Workspace
 
-        graph = read_graph(path, data_of(path))
-        return NativeSession(
-            name, graph, workspace or Workspace(), largest=largest, threads=threads
-        )
+        graph, space = read_graph(path, data_of(path, name)), workspace or Workspace()
+        if bank is None:
+            return NativeSession(name, graph, space, largest=largest, threads=threads)
+        return PortedNativeSession(name, graph, space, bank, largest=largest, threads=threads)
 
 
 _ALL: tuple[Backend, ...] = (OnnxRuntime(), Native())
@@ -180,7 +262,7 @@ def backend(name: str) -> Backend:
     return BACKENDS[name]
 
 
-def choose(name: str, *, ports: bool = False) -> str:
+def choose(name: str) -> str:
     """The backend to build for; `auto` is the fastest on this machine.
 
     That is `torch` with this package's C++ ops (`heatsink bench latency` compares them); its
@@ -190,4 +272,4 @@ def choose(name: str, *, ports: bool = False) -> str:
         return name
     from heatsink.kernels import _native
 
-    return Native.name if _native.available() and not ports else OnnxRuntime.name
+    return Native.name if _native.available() else OnnxRuntime.name

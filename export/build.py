@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -31,9 +31,12 @@ from heatsink.runtime.adapter_targets import Targets
 from heatsink.runtime.digest import sha256_file
 from heatsink.runtime.errors import InvalidRequest, NonFiniteWeights, NotBuilt, NumericError
 from heatsink.runtime.model import Model
+from heatsink.runtime.model_control import check_name
 
 Progress = Callable[[str, int, int], None]
 MAX_BATCH = 256
+# What stays float32 by default in a lower precision, by component (docs/performance.md measures).
+HIGH: Mapping[str, Sequence[str]] = {}
 # What tokenizers read; a tokenizer's folder may be a whole repository with weights beside them.
 TOKENIZER_FILES = {
     "tokenizer.json",
@@ -58,20 +61,25 @@ class Options:
         fuse: adapter files, each with a scale, merged into the weights.
         strict: batch sizes that change a row's bits are not used.
         opset: of the ONNX files; None takes the exporter's default.
+        high: by component the modules (`path` or `path:operator`) that stay float32 in a lower
+            precision; `export.precision_search` finds such lists. None takes `HIGH`.
         adapters: (slots, rank) of adapter ports on the UNet and the text encoders; None: no ports.
         ports: which of their layers get ports: "all" linears and convolutions, "linear" ones, or
             the linear projections of "attention".
+        controlnets: folders of ControlNets, by the names that requests call them.
     """
 
     backend: str = backends.AUTO
     batch: tuple[int, int, int] = (1, 8, 16)
     size: tuple[int, int] | None = None
     precision: Precision = "fp32"
+    high: Mapping[str, Sequence[str]] | None = None
     fuse: Sequence[tuple[Path, float]] = ()
     strict: bool = True
     opset: int | None = None
     adapters: tuple[int, int] | None = None
     ports: str = "all"
+    controlnets: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def chosen(self) -> Backend:
@@ -80,7 +88,13 @@ class Options:
         Raises:
             NotBuilt: this version has none of that name.
         """
-        return backends.backend(backends.choose(self.backend, ports=self.adapters is not None))
+        return backends.backend(backends.choose(self.backend))
+
+    def high_of(self, component: str) -> Sequence[str]:
+        """The modules of a component that stay float32."""
+        if self.precision == "fp32":
+            return ()
+        return (HIGH if self.high is None else self.high).get(component, ())
 
     def check(self) -> None:
         """Refuse what can't be built.
@@ -95,16 +109,18 @@ class Options:
                 f"precision {self.precision!r} is not built yet for {chosen.name}; "
                 f"this version builds {', '.join(chosen.precisions)}"
             )
+        if self.high and self.precision == "fp32":
+            raise InvalidRequest("high: everything is high in fp32")
         if self.opset is not None and chosen.name != OnnxRuntime.name:
             raise InvalidRequest(f"opset: engines of {chosen.name} hold no ONNX files")
         ported.check_options(self.adapters, self.ports)
-        if self.adapters is not None and chosen.name != OnnxRuntime.name:
-            raise NotBuilt(f"adapter ports are not built yet for {chosen.name}")
         low, best, high = self.batch
         if not 1 <= low <= best <= high <= MAX_BATCH:
             raise InvalidRequest(
                 f"batch: expected 1 <= min <= opt <= max <= {MAX_BATCH}, got {low}:{best}:{high}"
             )
+        for name in self.controlnets:
+            check_name(name)
         for path, scale in self.fuse:
             if not math.isfinite(scale):
                 raise InvalidRequest(f"fuse: expected a finite scale for {path}, got {scale}")
@@ -164,7 +180,11 @@ def build(
     target = Path(out).resolve()
     check_target(target)
     opened = model if isinstance(model, Model) else Model.open(model)
+    if options.controlnets:
+        opened = opened.with_controlnets(options.controlnets)
     opened.check()
+    if unknown := sorted(set(options.high or ()) - set(opened.components)):
+        raise InvalidRequest(f"high: the model has {opened.components}, not {unknown}")
     size = options.size or planning.default_size(opened)
     planning.check_size(opened, size)
     opened, adapters = _fuse(opened, options.fuse)
@@ -180,6 +200,7 @@ def build(
             opset=options.opset,
             precision=options.precision,
             backend=options.backend,
+            high=options.high_of(name),
             layout=layouts.get(name),
             report=report,
         )
@@ -287,6 +308,7 @@ def _manifest(
         backend=options.chosen.name,
         libraries=environment.libraries(),
         device=environment.processor(),
+        identity=environment.identity(),
         source=source,
         shapes=Shapes(
             batch=Range(min=low, opt=best, max=high),
@@ -308,9 +330,10 @@ def _manifest(
 
 def _ports(options: Options, built: dict[str, components.Built]) -> Ports:
     if options.adapters is None:
-        return Ports()
+        return Ports(controlnet=bool(options.controlnets))
     slots, rank = options.adapters
     return Ports(
-        adapter_slots=slots, adapter_rank=rank, which=options.ports, table=port_table.TABLE,
+        adapter_slots=slots, adapter_rank=rank, controlnet=bool(options.controlnets),
+        which=options.ports, table=port_table.TABLE,
         components={name: b.ported for name, b in built.items() if b.ported is not None},
     )  # fmt: skip

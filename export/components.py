@@ -22,15 +22,14 @@ from heatsink.export.manifest import (
     TensorSpec,
 )
 from heatsink.export.parity import check_parity
-from heatsink.export.plan import Plan, Report
+from heatsink.export.plan import DTYPES, Plan, Report
 from heatsink.runtime.backends.session import Session
 from heatsink.runtime.digest import sha256_file
 from heatsink.runtime.graph.capture import capture
 from heatsink.runtime.graph.graph import Graph
 from heatsink.runtime.graph.passes import run_passes
+from heatsink.runtime.graph.passes.pipeline import precision_passes
 from heatsink.runtime.model import Model
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -94,10 +93,11 @@ def _captured(model: Model, plan: Plan, backend: Backend) -> Graph:
         model.weights(plan.name),
         model.buffers(plan.name),
         example_shapes=plan.shapes,
-        dtype=DTYPES[plan.precision],
+        dtype=torch.float32,
         text_layer=plan.text_layer,
     )
-    return run_passes(graph, backend.passes(ports=plan.layout is not None))
+    passes = backend.passes(ports=plan.layout is not None)
+    return run_passes(graph, [*precision_passes(plan.precision, plan.high), *passes])
 
 
 def _known_answer(
@@ -135,6 +135,7 @@ def _component(
         inputs=specs,
         outputs=[_spec(n, spec.shape, spec.dtype) for n, spec in graph.outputs.items()],
         precision=plan.precision,
+        high=list(plan.high),
         opset=written.opset,
         parameters=plan.parameters,
         origins=origins.name,

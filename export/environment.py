@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -27,6 +28,31 @@ def _version_of(name: str) -> str:
         except metadata.PackageNotFoundError:
             continue
     return "absent"
+
+
+def identity() -> dict[str, str]:
+    """What of this machine may change a result's bits, besides libraries and processor."""
+    import torch
+
+    from heatsink.kernels import _native
+
+    instructions = torch.backends.cpu.get_cpu_capability()
+    if _native.available():
+        instructions = f"{instructions}, products in {_native.instruction_set()}"
+    return {
+        "instruction_set": instructions,
+        "threads": str(torch.get_num_threads()),
+        "ops": "C++" if _native.available() else "PyTorch",
+    }
+
+
+def differences(
+    device: str, libraries_then: Mapping[str, str], identity_then: Mapping[str, str]
+) -> list[str]:
+    """What is another here than where an engine was built, each as `name: then, now`."""
+    then = {"processor": device, **identity_then, **libraries_then}
+    now = {"processor": processor(), **identity(), **libraries()}
+    return [f"{n}: {then[n]}, here {now[n]}" for n in then if n in now and then[n] != now[n]]
 
 
 def processor() -> str:

@@ -15,8 +15,9 @@ import torch
 
 from heatsink.export.manifest import KnownAnswer, TensorSpec
 from heatsink.kernels.fingerprint import fingerprint
-from heatsink.runtime.backends.session import Array, Session
+from heatsink.runtime.backends.session import Array, Phased, Session
 from heatsink.runtime.errors import EngineMismatch, NumericError
+from heatsink.runtime.graph.denoisers import SCALE, residuals_among
 
 PROBE_SEED = 20_260_101
 
@@ -44,9 +45,11 @@ def probe(inputs: list[TensorSpec], rows: int, seed: int) -> dict[str, Array]:
     """`rows` different rows of seeded values; row r does not depend on how many there are.
 
     All dimensions but the first are those of the engine: symbolic later ones are not built yet.
-    Floats are standard normal (timesteps: whole numbers below 1000), integers are below 256.
+    Floats are standard normal (timesteps: whole numbers below 1000; pictures of ControlNets and
+    their scales: up to 1), integers are below 256. Every other row has a ControlNet's residuals.
     """
     out: dict[str, Array] = {}
+    residuals = residuals_among(spec.name for spec in inputs)
     for position, spec in enumerate(inputs):
         shape = [int(size) for size in spec.shape[1:]]
         values: list[Array] = []
@@ -56,6 +59,11 @@ def probe(inputs: list[TensorSpec], rows: int, seed: int) -> dict[str, Array]:
                 values.append(rng.integers(0, 256, shape))
             elif spec.name == "timestep":
                 values.append(np.array(rng.integers(0, 1000), np.float32))
+            elif spec.name in ("controlnet_cond", SCALE):
+                values.append(np.asarray(rng.random(shape), spec.dtype))
+            elif spec.name in residuals and row % 2:
+                # What a row without a ControlNet has.
+                values.append(np.full(shape, -0.0, spec.dtype))
             else:
                 values.append(rng.standard_normal(shape).astype(spec.dtype))
         out[spec.name] = np.stack(values)
@@ -77,6 +85,14 @@ def row_answers(outputs: Mapping[str, Array]) -> list[str]:
     return [f"{int(value):016x}" for value in total]
 
 
+def run_afresh(session: Session, values: Mapping[str, Array]) -> dict[str, Array]:
+    """Run a session; nothing that it keeps of one run is used in another."""
+    out = session.run(values)
+    if isinstance(session, Phased):
+        session.forget()
+    return out
+
+
 def _answers_in(session: Session, values: Mapping[str, Array], bucket: int) -> list[str] | None:
     """Answers of rows 0 to `bucket` - 1, run at once; None if they depend on place or neighbours.
 
@@ -85,7 +101,7 @@ def _answers_in(session: Session, values: Mapping[str, Array], bucket: int) -> l
     """
     half = bucket // 2
     first, second = (
-        row_answers(session.run({name: value[rows] for name, value in values.items()}))
+        row_answers(run_afresh(session, {name: value[rows] for name, value in values.items()}))
         for rows in (slice(0, bucket), slice(half, half + bucket))
     )
     return first if first[half:] == second[: bucket - half] else None
@@ -135,18 +151,20 @@ def measure(
     )
 
 
-def check(session: Session, inputs: list[TensorSpec], known: KnownAnswer, bucket: int) -> None:
-    """Run the known answer's first `bucket` rows and compare.
+def check(
+    session: Session, inputs: list[TensorSpec], known: KnownAnswer, bucket: int, hint: str = ""
+) -> None:
+    """Run the known answer's first `bucket` rows and compare; `hint` ends the message.
 
     Raises:
         EngineMismatch: this machine or library gives other bits than the one that built the engine.
     """
     values = probe(inputs, bucket, known.probe_seed)
-    found = row_answers(session.run(values))
+    found = row_answers(run_afresh(session, values))
     wrong = [row for row in range(bucket) if found[row] != known.answers[row]]
     if wrong:
         raise EngineMismatch(
             f"{session.name}: batch {bucket} does not give the known answer here (rows "
             f"{wrong[:8]}); results would not be the ones this engine was built for. Build it "
-            "again on this machine with `heatsink build MODEL -o ENGINE`"
+            f"again on this machine with `heatsink build MODEL -o ENGINE`{hint}"
         )

@@ -109,14 +109,18 @@ class Component(_Section):
 
     `origins` is the JSON file `{initialiser: [[parameter, slice, transform], ...]}`, of interleaved
     rows with a fourth value, [row, step]; `build_key` digests all that decided the files, so that
-    an equal component need not be built again.
+    an equal component need not be built again. `high` are the modules (or `module:operator`) that
+    compute in float32 where the rest is of a lower precision.
     """
+
+    later: ClassVar[frozenset[str]] = frozenset({"high"})
 
     artefacts: list[Artefact]
     graph: str
     inputs: list[TensorSpec]
     outputs: list[TensorSpec]
     precision: Precision
+    high: list[str] = []
     opset: int | None = None
     parameters: int
     origins: str
@@ -236,13 +240,19 @@ class Preflight(_Section):
 
 
 class Manifest(_Section):
-    """Everything a runtime must know of an engine folder before it opens a single artefact."""
+    """Everything a runtime must know of an engine folder before it opens a single artefact.
+
+    `identity` is what else may change bits: instruction set, threads, C++ or PyTorch ops.
+    """
+
+    later: ClassVar[frozenset[str]] = frozenset({"identity"})
 
     schema_version: int = SCHEMA_VERSION
     heatsink_version: str
     backend: Backend
     libraries: dict[str, str]
     device: str
+    identity: dict[str, str] = {}
     source: Source
     shapes: Shapes
     components: dict[str, Component]

@@ -45,12 +45,12 @@ class NativeFile:
     origins: dict[str, list[Origin]]
 
 
-def data_of(path: Path) -> Path:
-    """The weights' file of a graph's file: `unet.graph.json` -> `unet.safetensors`."""
-    return path.with_name(path.name.removesuffix(".graph.json") + ".safetensors")
+def data_of(path: Path, component: str) -> Path:
+    """The file of the weights of all graphs of a component, beside a graph's own."""
+    return path.with_name(f"{component}.safetensors")
 
 
-def to_native(graph: Graph, path: Path) -> NativeFile:
+def to_native(graph: Graph, path: Path, *, weights: bool = True) -> NativeFile:
     """Write `graph` as `path` and its weights as safetensors beside it.
 
     The weights are computed and read one after the other while they are written. The same graph and
@@ -59,6 +59,7 @@ def to_native(graph: Graph, path: Path) -> NativeFile:
     Args:
         graph: a valid graph, after the passes of the native engine.
         path: `<component>.graph.json`; its folder exists.
+        weights: write them; not for a second graph of the same weights.
 
     Raises:
         NotBuilt: a node can't be written.
@@ -66,8 +67,9 @@ def to_native(graph: Graph, path: Path) -> NativeFile:
         ResourceError: the files can't be written; none of them is left.
     """
     text = graph_to_json(graph)
-    data = data_of(path)
-    write_whole(data, lambda file: _write_weights(graph, file))
+    data = data_of(path, graph.component)
+    if weights:
+        write_whole(data, lambda file: _write_weights(graph, file))
     write_whole(path, lambda file: file.write(text.encode()))
     return NativeFile(path, data, {name: list(parts) for name, parts in graph.origins.items()})
 

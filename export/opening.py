@@ -6,17 +6,23 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from heatsink.export import exactness
-from heatsink.export.backends import backend
+from torch import Tensor
+
+from heatsink.export import environment, exactness
+from heatsink.export.backends import Native, backend
 from heatsink.export.manifest import Component, KnownAnswer, Manifest, read_manifest
 from heatsink.export.opening_ports import PortedComponent
+from heatsink.export.plan import DTYPES
 from heatsink.export.port_table import read_table
 from heatsink.runtime.adapters import AdapterBank
-from heatsink.runtime.backends.session import Array, Session
+from heatsink.runtime.backends.native_ports import BankView
+from heatsink.runtime.backends.session import Array, Phased, Session
 from heatsink.runtime.buckets import plan, run_rows
+from heatsink.runtime.components import CONTROL_PREFIX
 from heatsink.runtime.digest import sha256_file
 from heatsink.runtime.engine import Engine
 from heatsink.runtime.errors import EngineMismatch
+from heatsink.runtime.graph.denoisers import residuals_among
 from heatsink.runtime.native.component import Workspace
 from heatsink.runtime.port_layout import PortLayout
 from heatsink.runtime.schedule import ScheduleConfig
@@ -39,8 +45,9 @@ class OpenComponent:
         component: Component,
         known: KnownAnswer,
         planned: Callable[[int, Sequence[int]], list[int]] = plan,
+        hint: str = "",
     ) -> None:
-        self._planned = planned
+        self._planned, self._hint = planned, hint
         self._session, self._component, self._known = session, component, known
         self._checked: set[int] = set()
 
@@ -56,12 +63,26 @@ class OpenComponent:
             EngineMismatch: the answer differs from the one at build time.
         """
         if bucket not in self._checked and self._known.answers:
-            exactness.check(self._session, self._component.inputs, self._known, bucket)
+            exactness.check(self._session, self._component.inputs, self._known, bucket, self._hint)
         self._checked.add(bucket)
 
     def check_first(self) -> None:
         """Check the smallest bucket."""
         self.check(min(self._known.buckets))
+
+    def prepare(self, inputs: Mapping[str, Array], timesteps: Sequence[Array]) -> None:
+        """Compute ahead what a request and a schedule decide, where the backend keeps it."""
+        if not isinstance(self._session, Phased):
+            return
+        # What is checked later would forget what is prepared now.
+        for bucket in self._planned(len(timesteps), self._known.buckets):
+            self.check(bucket)
+        self._session.prepare(inputs, timesteps)
+
+    def forget(self) -> None:
+        """Let go of what the backend keeps of earlier runs."""
+        if isinstance(self._session, Phased):
+            self._session.forget()
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run the rows of `inputs` and return the outputs' rows, in order."""
@@ -109,6 +130,7 @@ def open_session(
     threads: int = 0,
     ported: bool = False,
     workspace: Workspace | None = None,
+    bank: BankView | None = None,
 ) -> Session:
     """Open one component through the manifest's backend.
 
@@ -119,24 +141,29 @@ def open_session(
         threads: of the CPU backend; 0 lets it choose.
         ported: its graph with adapter ports.
         workspace: memory that components share which run one after the other.
+        bank: that a native graph with ports reads; none: every run brings one along.
 
     Raises:
         NotBuilt: this version can't run that backend.
     """
     part = manifest.ports.components[name] if ported else manifest.components[name]
     known = manifest.exactness.components[name]
+    if ported and bank is None:
+        bank = BankView(read_table(folder, manifest.ports.table)[0][name])
     return backend(manifest.backend).open(
         name,
         folder / part.graph,
         largest=max(known.buckets),
         threads=threads,
         workspace=workspace,
+        bank=bank,
     )
 
 
 def describe(folder: Path, manifest: Manifest) -> EngineSpec:
     """What the runtime must know of the engine besides its components."""
     source, shapes = manifest.source, manifest.shapes
+    inputs = {spec.name: spec for spec in manifest.components["unet"].inputs}
     return EngineSpec(
         name=source.name,
         digest=manifest.digest,
@@ -150,6 +177,17 @@ def describe(folder: Path, manifest: Manifest) -> EngineSpec:
         widths=(shapes.width.min, shapes.width.max),
         zero_empty_negative=source.force_zeros_for_empty_prompt,
         adapters={adapter.name: adapter.scale for adapter in manifest.adapters},
+        controlnets=[
+            name.removeprefix(CONTROL_PREFIX)
+            for name in manifest.components
+            if name.startswith(CONTROL_PREFIX)
+        ],
+        residuals={
+            name: tuple(int(size) for size in inputs[name].shape[1:])
+            for name in residuals_among(inputs)
+        },
+        inpainting=inputs["sample"].shape[1] == 2 * source.latent_channels + 1,
+        backend=manifest.backend,
     )
 
 
@@ -183,25 +221,57 @@ def open_engine(
     workspace, runs = Workspace(), backend(manifest.backend).runs
     bank, layouts = _open_bank(folder, manifest)
     for done, (name, component) in enumerate(manifest.components.items()):
-        session = open_session(manifest, folder, name, threads=threads, workspace=workspace)
-        known = manifest.exactness.components[name]
-        opened: OpenComponent | PortedComponent = OpenComponent(session, component, known, runs)
+        opener = functools.partial(
+            open_session, manifest, folder, name, threads=threads, workspace=workspace
+        )
+        opened: OpenComponent | PortedComponent
         if bank is not None and name in layouts:
-            opened = PortedComponent(
-                OpenComponent(session, component, known, runs),
-                component.inputs,
-                manifest.ports.components[name],
-                layouts[name],
-                bank.tensors(name),
-                functools.partial(
-                    open_session, manifest, folder, name, threads=threads, ported=True
-                ),
-            )
+            opened = _open_ported(manifest, name, layouts[name], bank, opener)
+        else:
+            known = manifest.exactness.components[name]
+            opened = OpenComponent(opener(), component, known, runs, _hint(manifest))
         opened.check_first()
         components[name] = opened
         if progress:
             progress("opening", done + 1, len(manifest.components))
     return Engine(describe(folder, manifest), components, bank)
+
+
+def _open_ported(
+    manifest: Manifest,
+    name: str,
+    layout: PortLayout,
+    bank: AdapterBank,
+    opener: Callable[..., Session],
+) -> PortedComponent:
+    """A component with ports: on the bank's memory, or with its tensors as inputs of every run."""
+    component, ported = manifest.components[name], manifest.ports.components[name]
+    known, runs = manifest.exactness.components[name], backend(manifest.backend).runs
+    hint = _hint(manifest)
+    tensors: Mapping[str, Tensor] = bank.tensors(name)
+    open_ported: Callable[[], Session] = functools.partial(opener, ported=True)
+    if manifest.backend == Native.name:
+        view = BankView(layout, {**tensors, **bank.ranks(name)}, bank.content)
+        twin = opener(ported=True, bank=view)
+        tensors, open_ported = {}, lambda: twin
+    else:
+        twin = opener()
+    return PortedComponent(
+        OpenComponent(twin, component, known, runs, hint),
+        component.inputs,
+        ported,
+        layout,
+        tensors,
+        open_ported,
+        runs,
+        hint,
+    )
+
+
+def _hint(manifest: Manifest) -> str:
+    """What is another here than where the engine was built, for messages."""
+    found = environment.differences(manifest.device, manifest.libraries, manifest.identity)
+    return f" (it was built with {'; '.join(found)})" if found else ""
 
 
 def _open_bank(
@@ -216,4 +286,7 @@ def _open_bank(
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise EngineMismatch(f"{folder}: {manifest.ports.table}: {error!r}; {REBUILD}") from error
     most = {name: max(part.counts) for name, part in manifest.ports.components.items()}
-    return AdapterBank(list(layouts.values()), targets=targets, most=most), layouts
+    # What ONNX Runtime takes is float32; a native graph reads the bank in its own dtype.
+    (dtype,) = {DTYPES[manifest.precisions[name]] for name in layouts}
+    bank = AdapterBank(list(layouts.values()), targets=targets, most=most, dtype=dtype)
+    return bank, layouts

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from heatsink.export import ported_exactness
 from heatsink.export.manifest import PortedGraph, TensorSpec
-from heatsink.runtime.backends.session import Array, Session
-from heatsink.runtime.buckets import run_rows
+from heatsink.runtime.backends.session import Array, Phased, Session
+from heatsink.runtime.buckets import plan, run_rows
 from heatsink.runtime.errors import InvalidRequest, NotBuilt
 from heatsink.runtime.port_layout import SCALES_INPUT, SLOTS_INPUT, PortLayout
 
@@ -20,6 +20,13 @@ if TYPE_CHECKING:
     from heatsink.export.opening import OpenComponent
 
 Mixes = list[list[tuple[int, float]]]
+
+
+def _mixes(slots: Array, scales: Array) -> Mixes:
+    return [
+        [(int(s), float(w)) for s, w in zip(*row, strict=True) if s >= 0]
+        for row in zip(slots, scales, strict=True)
+    ]
 
 
 class PortedComponent:
@@ -35,8 +42,11 @@ class PortedComponent:
         inputs: the component's own inputs.
         ported: what the manifest says of the graph with ports.
         layout: of its ports.
-        bank: its bank's tensors, which are read where they are at every run.
+        bank: its bank's tensors, which are read where they are at every run; none where the graph
+            with ports was opened on them.
         opener: opens the graph with ports.
+        planned: chooses the buckets of a number of rows.
+        hint: what the refusal of another answer ends with.
     """
 
     def __init__(
@@ -47,7 +57,10 @@ class PortedComponent:
         layout: PortLayout,
         bank: Mapping[str, Tensor],
         opener: Callable[[], Session],
+        planned: Callable[[int, Sequence[int]], list[int]] = plan,
+        hint: str = "",
     ) -> None:
+        self._planned, self._hint = planned, hint
         self._twin, self._inputs, self._ported, self._layout = twin, inputs, ported, layout
         self._bank = {name: tensor.numpy() for name, tensor in bank.items()}
         self._opener = opener
@@ -81,9 +94,34 @@ class PortedComponent:
         order = np.argsort(~adapted, kind="stable")
         given |= {SLOTS_INPUT: slots, SCALES_INPUT: scales}
         ordered = {name: value[order] for name, value in given.items()}
-        out = run_rows(self, ordered, self._ported.known.buckets)
+        out = run_rows(self, ordered, self._ported.known.buckets, planned=self._planned)
         back = np.argsort(order, kind="stable")
         return {name: value[back] for name, value in out.items()}
+
+    def prepare(self, inputs: Mapping[str, Array], timesteps: Sequence[Array]) -> None:
+        """Compute ahead what a request and a schedule decide, where the backend keeps it."""
+        given = dict(inputs)
+        slots, scales = self._checked_inputs(
+            given.pop(SLOTS_INPUT, None), given.pop(SCALES_INPUT, None), len(timesteps)
+        )
+        mixes = _mixes(slots, scales)
+        if self._ported.twin and not any(mixes):
+            self._twin.prepare(given, timesteps)
+            return
+        session = self._open()
+        if not isinstance(session, Phased):
+            return
+        room = max(self._ported.counts)
+        # What is checked later would forget what is prepared now.
+        for bucket in self._planned(len(timesteps), self._ported.known.buckets):
+            self._check(bucket, room)
+        session.prepare({**given, **ported_exactness.port_inputs(mixes, room)}, timesteps)
+
+    def forget(self) -> None:
+        """Let go of what the backend keeps of earlier runs."""
+        self._twin.forget()
+        if isinstance(self._session, Phased):
+            self._session.forget()
 
     def _checked_inputs(
         self, slots: Array | None, scales: Array | None, rows: int
@@ -113,10 +151,7 @@ class PortedComponent:
         """Run one bucket, in the graph that its rows need."""
         given = dict(inputs)
         slots, scales = given.pop(SLOTS_INPUT), given.pop(SCALES_INPUT)
-        mixes: Mixes = [
-            [(int(s), float(w)) for s, w in zip(*row, strict=True) if s >= 0]
-            for row in zip(slots, scales, strict=True)
-        ]
+        mixes = _mixes(slots, scales)
         bucket = len(mixes)
         if not any(mixes) and self._ported.twin and bucket in self._twin.buckets:
             return self._twin(given)
@@ -135,6 +170,6 @@ class PortedComponent:
         known, counts = self._ported.known, self._ported.counts
         if (bucket, room) not in self._checked and known.answers:
             ported_exactness.check(
-                self._open(), self._inputs, self._layout, counts, known, bucket, room
+                self._open(), self._inputs, self._layout, counts, known, bucket, room, self._hint
             )
         self._checked.add((bucket, room))

@@ -12,7 +12,7 @@ from heatsink.export import exactness
 from heatsink.export.manifest import Parity, TensorSpec
 from heatsink.runtime.backends.session import Array, Session
 from heatsink.runtime.errors import EngineMismatch, NonFiniteWeights
-from heatsink.runtime.graph.components import INTERFACES, TextLayer, wrap
+from heatsink.runtime.graph.components import TextLayer, output_names, wrap
 from heatsink.runtime.model import Model
 
 # One row of the autoencoder: at full resolution its activations in float64 take gigabytes each.
@@ -126,11 +126,11 @@ def run_module(
         held = parameters[parameter]
         whole = held.data.double() + delta.reshape(held.shape)
         held.data = whole.to(dtype)
-    module = wrap(name, loaded, text_layer).eval()
+    module = wrap(name, loaded, text_layer, list(values)).eval()
     inputs = [torch.from_numpy(np.asarray(value)) for value in values.values()]
     with torch.inference_mode():
         outputs = module(*(x.to(dtype) if x.is_floating_point() else x for x in inputs))
     return {
         output: value.double().numpy()
-        for output, value in zip(INTERFACES[name].outputs, outputs, strict=True)
+        for output, value in zip(output_names(name, loaded), outputs, strict=True)
     }

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from heatsink.export import environment
 from heatsink.export.backends import OnnxRuntime
@@ -21,8 +22,13 @@ from heatsink.runtime.text import Tokenizer
 
 Report = Callable[[str, int, int], None]
 # Recorded in the build key: raise it when capture, passes or export change what they make.
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
-"""Of a weight."""
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp8": torch.float8_e4m3fn,
+}
+"""Of weights, by the manifest's precision."""
 RECIPE = 3
 
 
@@ -40,12 +46,13 @@ class Plan:
     source_digest: str
     parameters: int
     layout: PortLayout | None = None
+    high: tuple[str, ...] = ()
 
     @property
     def disk_bytes(self) -> int:
         """Bytes its files will take, about; a graph with ports shares the weights of the other."""
         graphs = 1 if self.layout is None else 2
-        return BYTES[self.precision] * self.parameters + graphs * (1 << 20)
+        return DTYPES[self.precision].itemsize * self.parameters + graphs * (1 << 20)
 
     def key(self, strict: bool) -> str:
         """SHA-256 of everything above, the libraries and the processor."""
@@ -102,6 +109,7 @@ def plan(
     precision: Precision,
     backend: str,
     layout: PortLayout | None = None,
+    high: Sequence[str] = (),
     report: Report,
 ) -> Plan:
     """Work out a component's shapes and digest; reads its weights once.
@@ -115,6 +123,7 @@ def plan(
         precision: what it computes in.
         backend: who runs it.
         layout: of its adapter ports, if it gets any.
+        high: modules that compute in float32 where the rest is of a lower precision.
         report: called with (what is being done, done, total).
 
     Raises:
@@ -127,7 +136,14 @@ def plan(
     weights = model.weights(name)
     return Plan(
         name=name,
-        shapes=input_shapes(name, config, height=height, width=width, text_length=length),
+        shapes=input_shapes(
+            name,
+            config,
+            height=height,
+            width=width,
+            text_length=length,
+            controlled=name == "unet" and bool(model.controlnets),
+        ),
         text_layer=_text_layer(model, name),
         # An image is one row of the VAE and up to two of the UNet.
         largest=max(1, rows // 2) if name.startswith("vae") else rows,
@@ -139,6 +155,7 @@ def plan(
         ),
         parameters=sum(int(np.prod(entry.shape)) for entry in weights.entries.values()),
         layout=layout,
+        high=tuple(high),
     )
 
 

@@ -8,17 +8,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from heatsink.export import exactness, parity, ported_exactness
+from heatsink.export import backends, exactness, parity, ported_exactness
 from heatsink.export.backends import Written
 from heatsink.export.manifest import KnownAnswer, Parity, PortedGraph, TensorSpec
-from heatsink.export.onnx import to_onnx
+from heatsink.export.plan import DTYPES
 from heatsink.runtime.adapter_targets import Targets
-from heatsink.runtime.backends.onnxruntime import OnnxRuntimeSession
+from heatsink.runtime.backends.native_ports import BankView
 from heatsink.runtime.backends.session import Array, Session
 from heatsink.runtime.errors import InvalidRequest
 from heatsink.runtime.graph.graph import Graph
 from heatsink.runtime.graph.passes import run_passes
-from heatsink.runtime.graph.passes.ports import add_ports
 from heatsink.runtime.model import Model
 from heatsink.runtime.port_layout import PortLayout
 
@@ -80,7 +79,7 @@ def build(
     strict: bool,
     report: Report,
 ) -> PortedGraph:
-    """Write `NAME_ports.onnx` beside the graph without ports, and check it.
+    """Write the graph with ports beside the one without, and check it.
 
     Args:
         model: the source.
@@ -99,20 +98,23 @@ def build(
     assert layout is not None
     used = {origin.parameter for origins in graph.origins.values() for origin in origins}
     unused = [path for path in layout.places() if f"{path}.weight" not in used]
-    ported = run_passes(graph, [add_ports(layout, unused)])
-    path = twin.graph.with_name(f"{plan.name}_ports.onnx")
-    to_onnx(ported, path, opset=plan.opset, weights_of=twin.graph)
-    session = OnnxRuntimeSession(plan.name, path)
+    backend = backends.backend(plan.backend)
+    ported = run_passes(graph, [backend.add_ports(layout, unused)])
+    path = backend.write_ported(ported, twin, opset=plan.opset)
+    session = backend.open(
+        plan.name, path, largest=plan.largest, threads=0, workspace=None, bank=BankView(layout)
+    )
     specs, inputs = _specs(graph), _specs(ported)
     measured = _parity(model, plan, specs, session, set(layout.places()) - set(unused))
-    counts, refused = list(ported_exactness.COUNTS), []
+    counts, refused = list(backend.rooms), []
     answer, agrees = known.model_copy(update={"answers": []}), True
     if strict:
         counts, answer, agrees = ported_exactness.measure(
-            session, specs, layout, plan.largest, known,
+            session, specs, layout, backend.sizes(plan.largest), known,
             lambda done, total: report(f"exactness of {plan.name} with adapters", done, total),
+            rooms=backend.rooms,
         )  # fmt: skip
-        refused = [count for count in ported_exactness.COUNTS if count not in counts]
+        refused = [count for count in backend.rooms if count not in counts]
     return PortedGraph(
         graph=path.name, inputs=inputs, counts=counts, refused_counts=refused, twin=agrees,
         parity=measured, known=answer,
@@ -121,9 +123,14 @@ def build(
 
 def _specs(graph: Graph) -> list[TensorSpec]:
     return [
-        TensorSpec(name=n, dtype=str(s.dtype).removeprefix("torch."), shape=list(s.shape))
+        TensorSpec(name=n, dtype=_given_dtype(s.dtype), shape=list(s.shape))
         for n, s in graph.inputs.items()
     ]
+
+
+def _given_dtype(dtype: torch.dtype) -> str:
+    """What a session takes: NumPy has no bfloat16."""
+    return str(torch.float32 if dtype.is_floating_point else dtype).removeprefix("torch.")
 
 
 def _parity(
@@ -145,14 +152,14 @@ def _parity(
         merged.append(
             [
                 parity.run_module(model, plan.name, plan.text_layer, one, dtype, deltas)
-                for dtype in (torch.float64, torch.float32)
+                for dtype in (torch.float64, DTYPES[plan.precision])
             ]
         )
     results = []
     for name in merged[0][0]:
         reference, plain = (np.concatenate([row[kind][name] for row in merged]) for kind in (0, 1))
         what = f"{plan.name} with adapters: output {name!r}"
-        results.append(parity.compare(what, found[name], plain, reference))
+        results.append(parity.compare(what, found[name], plain, reference, DTYPES[plan.precision]))
     return max(results, key=lambda each: each.max_abs / (each.allowed or 1.0))
 
 

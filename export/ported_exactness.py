@@ -2,9 +2,9 @@
 
 A row's bits may depend neither on the rows beside it, nor on their adapters, nor on how many
 adapters the inputs have room for, nor on which slots hold the row's own. A seeded probe is run in
-every bucket with room for 1, 2 and 4 adapters (4 twice), each time with rows at other places and
-adapters in other slots. Rows of it without adapters, beside others and among themselves, must
-answer as in the graph without ports.
+every bucket with each room for adapters (the largest twice at least), each time with rows at other
+places and adapters in other slots. Rows of it without adapters, beside others and among themselves,
+must answer as in the graph without ports.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from heatsink.export.exactness import PROBE_SEED, bucket_sizes, probe, row_answers
+from heatsink.export.exactness import PROBE_SEED, probe, row_answers
 from heatsink.export.manifest import KnownAnswer, TensorSpec
 from heatsink.runtime.backends.session import Array, Session
 from heatsink.runtime.errors import EngineMismatch
@@ -68,15 +68,16 @@ def port_inputs(mixes: Sequence[Sequence[tuple[int, float]]], room: int) -> dict
     return {ROWS_INPUT: np.array(adapted, np.int64), SLOTS_INPUT: slots, SCALES_INPUT: scales}
 
 
-def _runs(bucket: int) -> list[tuple[int, int, list[int]]]:
+def _runs(bucket: int, rooms: Sequence[int]) -> list[tuple[int, int, list[int]]]:
     """Room, a shift of the adapters' slots, and the rows of the probe by place, for each run."""
     half, shift = bucket // 2, bucket.bit_length()
     plain = list(range(bucket))
+    places = [[*plain[half:], *plain[:half]], list(range(half, half + bucket))[::-1]]
+    wanted = [*rooms, *[rooms[-1]] * (3 - len(rooms)), rooms[-1]]
+    orders = [plain, *places, *([plain] * (len(wanted) - 3))]
     return [
-        (1, shift, plain),
-        (2, shift + 1, [*plain[half:], *plain[:half]]),
-        (4, shift + 2, list(range(half, half + bucket))[::-1]),
-        (4, shift + 3, plain),
+        (room, shift + turn, order)
+        for turn, (room, order) in enumerate(zip(wanted, orders, strict=True))
     ]
 
 
@@ -115,9 +116,11 @@ def measure(
     session: Session,
     inputs: list[TensorSpec],
     layout: PortLayout,
-    largest: int,
+    sizes: Sequence[int],
     twin: KnownAnswer,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    rooms: Sequence[int] = COUNTS,
 ) -> tuple[list[int], KnownAnswer, bool]:
     """The counts and buckets that agree, their known answers, and whether the twin agrees.
 
@@ -125,24 +128,25 @@ def measure(
         session: of the graph with ports.
         inputs: those of the graph without.
         layout: of its ports.
-        largest: the largest batch.
+        sizes: the batch sizes to try, ascending.
         twin: known answers of the graph without ports.
         progress: called with the runs done and in all.
+        rooms: the numbers of adapters that a row of the graph may have room for.
 
     Raises:
         EngineMismatch: no batch size gives a row the same bits at another place.
     """
     report = progress or (lambda done, total: None)
+    largest = max(sizes)
     values = probe(inputs, largest + largest // 2, PROBE_SEED)
-    sizes = bucket_sizes(largest)
-    plan = [(bucket, *run) for bucket in sizes for run in _runs(bucket)]
+    plan = [(bucket, *run) for bucket in sizes for run in _runs(bucket, rooms)]
     total = len(plan) + len(sizes)
     found: dict[tuple[int, int], list[Answers]] = {}
     for done, (bucket, room, shift, rows) in enumerate(plan):
         texts = _fingerprints(session, layout, values, rows, room, shift=shift)
         found.setdefault((bucket, room), []).append(_answers(texts, rows, room))
         report(done + 1, total)
-    counts, buckets = _agreeing(found, sizes)
+    counts, buckets = _agreeing(found, sizes, rooms)
     rows, room = list(range(max(buckets))), max(counts)
     answers = _fingerprints(session, layout, values, rows, room)
     without = []
@@ -174,12 +178,14 @@ def _agree(first: Answers, second: Answers) -> bool:
 
 
 def _agreeing(
-    found: Mapping[tuple[int, int], Sequence[Answers]], sizes: Sequence[int]
+    found: Mapping[tuple[int, int], Sequence[Answers]],
+    sizes: Sequence[int],
+    rooms: Sequence[int],
 ) -> tuple[list[int], list[int]]:
     """The most pairs of count and bucket that agree, every count with every bucket."""
     choices: list[tuple[tuple[int, int, int], list[int], list[int]]] = []
-    for length in range(1, len(COUNTS) + 1):
-        for counts in itertools.combinations(COUNTS, length):
+    for length in range(1, len(rooms) + 1):
+        for counts in itertools.combinations(rooms, length):
             for top in sizes:
                 buckets: list[int] = []
                 for bucket in [top, *(size for size in sizes[::-1] if size < top)]:
@@ -201,11 +207,12 @@ def check(
     known: KnownAnswer,
     bucket: int,
     room: int,
+    hint: str = "",
 ) -> None:
     """Run rows of the known answer in one batch size and with room for `room`, and compare.
 
     A row's bits don't depend on the room, so the same answers serve each: of the rows whose
-    adapters fit, as often as the batch has places.
+    adapters fit, as often as the batch has places. `hint` ends the message.
 
     Raises:
         EngineMismatch: this machine or library gives other bits than the one that built the engine.
@@ -221,5 +228,5 @@ def check(
             f"{session.name} with adapters: batch {bucket} with room for {room} a row does not "
             f"give the known answer here (rows {wrong[:8]}); results would not be the ones this "
             "engine was built for. Build it again on this machine with `heatsink build MODEL -o "
-            "ENGINE`"
+            f"ENGINE`{hint}"
         )

@@ -31,6 +31,7 @@ __all__ = [
     "build",
     "load",
     "optimize",
+    "refresh",
     "restore",
 ]
 
@@ -44,6 +45,7 @@ _LAZY = {
     "Request": "heatsink.runtime.request",
     "Result": "heatsink.runtime.result",
     "optimize": "heatsink.integrations.optimize",
+    "refresh": "heatsink.integrations.optimize",
     "restore": "heatsink.integrations.optimize",
 }
 

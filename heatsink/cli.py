@@ -43,7 +43,7 @@ def build(
     fuse: flags.Fuse = None,
     adapters: flags.Adapters = "",
     ports: flags.Ports = "all",
-    controlnet: flags.ControlNet = "",
+    controlnet: flags.ControlNet = None,
     arch: flags.Arch = "",
     opset: flags.Opset = 0,
     strict: flags.Strict = True,
@@ -52,9 +52,8 @@ def build(
     quiet: flags.Quiet = False,
 ) -> None:
     """Build an engine folder out of a model."""
-    for flag, value in (("controlnet", controlnet), ("arch", arch)):
-        if value:
-            raise NotBuilt(f"--{flag} {value}: not built yet by this version")
+    if arch:
+        raise NotBuilt(f"--arch {arch}: not built yet by this version")
     fields: dict[str, Any] = {
         "backend": backend,
         "batch": flags.parse_batch(batch),
@@ -63,6 +62,7 @@ def build(
         "fuse": tuple(flags.parse_adapter(text) for text in fuse or ()),
         "adapters": flags.parse_ports(adapters),
         "ports": ports,
+        "controlnets": flags.parse_controlnets(controlnet or ()),
         "strict": strict,
         "opset": opset or None,
     }
@@ -102,6 +102,8 @@ def generate(
     negative: flags.Negative = "",
     image: flags.StartImage = None,
     strength: flags.Strength = None,
+    mask: flags.Mask = None,
+    control: flags.Control = None,
     seed: flags.Seed = 0,
     steps: flags.Steps = 20,
     guidance: flags.Guidance = 5.0,
@@ -118,7 +120,12 @@ def generate(
     files = flags.parse_named_adapters(adapter or ())
     fields: dict[str, Any] = {
         "negative_prompt": negative,
-        "image": _open_image(image) if image else None,
+        "image": _open_image(image, "--image") if image else None,
+        "mask": _open_image(mask, "--mask") if mask else None,
+        "control": {
+            name: (_open_image(path, "--control"), scale)
+            for name, (path, scale) in flags.parse_controls(control or ()).items()
+        },
         "strength": strength,
         "seed": seed,
         "steps": steps,
@@ -172,7 +179,7 @@ def _generate(
             return opened.generate(prompts, progress=progress, **fields)
 
 
-def _open_image(path: Path) -> Any:
+def _open_image(path: Path, flag: str) -> Any:
     from PIL import Image
 
     try:
@@ -181,7 +188,7 @@ def _open_image(path: Path) -> Any:
             return image
     # Pillow raises these on files that are cut off, of no known format, or too large to be honest.
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InvalidRequest(f"--image: {path} can't be read as a picture: {error}") from None
+        raise InvalidRequest(f"{flag}: {path} can't be read as a picture: {error}") from None
 
 
 @app.command()

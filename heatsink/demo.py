@@ -124,11 +124,12 @@ def plot(comparison: Comparison, path: Path) -> None:
     figure = Figure(figsize=(7.5, 2.8), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    colours = {"diffusers eager": "#9aa0a6", "heatsink (onnxruntime)": "#d9480f"}
+    grey, orange = "#9aa0a6", "#d9480f"
     rows = sorted(comparison.rows, key=lambda r: (-r.images, r.system), reverse=False)
     for place, row in enumerate(rows):
         spread = [[row.median - row.fastest], [row.slowest - row.median]]
-        axes.barh(place, row.median, xerr=spread, color=colours[row.system], height=0.7, capsize=3)
+        colour = orange if row.system.startswith("heatsink") else grey
+        axes.barh(place, row.median, xerr=spread, color=colour, height=0.7, capsize=3)
         axes.text(row.slowest, place, f"  {row.median:.3f} s", va="center")
     labels = [f"{row.system}, {row.images} at once" for row in rows]
     axes.set_yticks(range(len(rows)), labels)

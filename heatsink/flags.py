@@ -42,7 +42,13 @@ Adapters = Annotated[
 Ports = Annotated[
     str, typer.Option(help="which layers get ports: all, linear or attention (its projections)")
 ]
-ControlNet = Annotated[str, typer.Option(help="a ControlNet folder (not yet)")]
+ControlNet = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="NAME=FOLDER, a ControlNet for requests to name (or FOLDER, then its name is the "
+        "folder's); may be repeated"
+    ),
+]
 Arch = Annotated[str, typer.Option(help="GPU architectures (not yet)")]
 Opset = Annotated[int, typer.Option(help="of the ONNX files; 0: the default")]
 Strict = Annotated[
@@ -65,7 +71,21 @@ Count = Annotated[
 Negative = Annotated[str, typer.Option(help="what to keep away from")]
 StartImage = Annotated[Path | None, typer.Option(help="start from this picture")]
 Strength = Annotated[
-    float | None, typer.Option(help="with --image: share of the steps that is run; 0.8 by default")
+    float | None,
+    typer.Option(
+        help="with --image: share of the steps that is run; by default 0.8, with --mask 1"
+    ),
+]
+Mask = Annotated[
+    Path | None,
+    typer.Option(help="with --image: a picture, bright where it is painted anew"),
+]
+Control = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="NAME=IMAGE:SCALE, a picture for one of the engine's ControlNets; may be repeated, "
+        "once for each"
+    ),
 ]
 Seed = Annotated[int, typer.Option(help="of the first picture")]
 Steps = Annotated[int, typer.Option(help="denoising steps")]
@@ -125,6 +145,42 @@ def parse_ports(text: str) -> tuple[int, int] | None:
     return int(parts[0]), int(parts[1])
 
 
+def parse_controlnets(texts: Sequence[str]) -> dict[str, Path]:
+    """Every `NAME=FOLDER` by its name; without one by the folder's own.
+
+    Raises:
+        InvalidRequest: a text is none of these, or two have one name.
+    """
+    found: dict[str, Path] = {}
+    for text in texts:
+        name, equals, rest = text.partition("=")
+        if not equals or "/" in name:
+            name, rest = Path(text).resolve().name, text
+        if not (name and rest):
+            raise InvalidRequest(f"--controlnet: expected NAME=FOLDER, got {text!r}")
+        if name in found:
+            raise InvalidRequest(f"--controlnet: two are called {name!r}")
+        found[name] = Path(rest)
+    return found
+
+
+def parse_controls(texts: Sequence[str]) -> dict[str, tuple[Path, float]]:
+    """Every `NAME=IMAGE:SCALE` or `NAME=IMAGE` (scale 1) by its name.
+
+    Raises:
+        InvalidRequest: a text is neither, or two have one name.
+    """
+    found: dict[str, tuple[Path, float]] = {}
+    for text in texts:
+        name, _, rest = text.partition("=")
+        if not (name and rest):
+            raise InvalidRequest(f"--control: expected NAME=IMAGE:SCALE, got {text!r}")
+        if name in found:
+            raise InvalidRequest(f"--control: {name!r} is given twice")
+        found[name] = parse_adapter(rest, "--control")
+    return found
+
+
 def parse_adapter(text: str, flag: str = "--fuse") -> tuple[Path, float]:
     """`FILE:SCALE` or `FILE` (scale 1); `flag` is what messages name."""
     path, _, scale = text.rpartition(":")
@@ -133,9 +189,10 @@ def parse_adapter(text: str, flag: str = "--fuse") -> tuple[Path, float]:
     try:
         return Path(path), float(scale)
     except ValueError:
-        raise InvalidRequest(
-            f"{flag}: expected FILE:SCALE, such as noto.safetensors:0.8, got {text!r}"
-        ) from None
+        example = "IMAGE:SCALE, such as lines.png:0.8"
+        if flag != "--control":
+            example = "FILE:SCALE, such as noto.safetensors:0.8"
+        raise InvalidRequest(f"{flag}: expected {example}, got {text!r}") from None
 
 
 def parse_named_adapters(texts: Sequence[str]) -> dict[str, tuple[Path, float]]:

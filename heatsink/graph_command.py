@@ -23,6 +23,9 @@ Diff = Annotated[
 ]
 Size = Annotated[str, typer.Option(help="HEIGHTxWIDTH in pixels; the model's own if not given")]
 Rows = Annotated[int, typer.Option(help="samples of the batch")]
+Phases = Annotated[
+    bool, typer.Option("--phases", help="what leaves the denoising loop, and what stays in it")
+]
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
 
 Costs = dict[str, "Cost"]
@@ -40,6 +43,7 @@ def show(
     diff: Diff = "",
     size: Size = "",
     rows: Rows = 1,
+    phases: Phases = False,
     as_json: Json = False,
 ) -> None:
     """Print a component's operators with their nodes, FLOPs and bytes, as the passes leave them."""
@@ -50,6 +54,11 @@ def show(
         raise InvalidRequest(f"--rows: expected at least 1, got {rows}")
     if diff not in {"", "all", *NATIVE}:
         raise InvalidRequest(f"--diff: expected all or one of {', '.join(NATIVE)}, got {diff!r}")
+    if diff and phases:
+        raise InvalidRequest("--phases: shows the native engine's graph; leave --diff out")
+    if phases:
+        _show_phases(model, component, size, rows, as_json)
+        return
     with console.quiet_libraries():
         before, after = _graphs(_captured(model, component, size), diff)
         tables = [costs(each, rows) for each in (before, after) if each is not None]
@@ -58,6 +67,53 @@ def show(
         print(json.dumps(_document(title, component, rows, diff, tables), indent=2))
     else:
         _print(title if not diff else f"{title} · before and after {diff}", tables)
+
+
+_WHEN = {
+    "request": "once a request",
+    "schedule": "once a schedule",
+    "both": "once a request and step, before the loop",
+    "step": "every step",
+}
+
+
+def _show_phases(model: Path, component: str, size: str, rows: int, as_json: bool) -> None:
+    from heatsink.runtime.graph.cost import costs, launches, total
+    from heatsink.runtime.graph.phases import split
+
+    with console.quiet_libraries():
+        _, graph = _graphs(_captured(model, component, size), "")
+        parts = {
+            str(phase): (launches(part), total(costs(part, rows)))
+            for phase, part in split(graph).graphs.items()
+        }
+    title = f"{component} · {rows} row{'s' if rows > 1 else ''} · phases"
+    if as_json:
+        found = {
+            name: {"launches": count, "nodes": c.nodes, "flops": c.flops, "bytes": c.bytes}
+            for name, (count, c) in parts.items()
+        }
+        print(json.dumps({"component": component, "rows": rows, "phases": found}, indent=2))
+    else:
+        _print_phases(title, parts)
+
+
+def _print_phases(title: str, parts: dict[str, tuple[int, Cost]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    every = sum(cost.flops for _, cost in parts.values()) or 1
+    table = Table(title=title)
+    for name in ("phase", "computed"):
+        table.add_column(name)
+    for name in ("nodes", "launches", "GFLOP", "share", "MB"):
+        table.add_column(name, justify="right")
+    for name, (count, cost) in parts.items():
+        numbers = [_number(cost, column) for column in ("nodes", "GFLOP", "MB")]
+        share = f"{100 * cost.flops / every:.1f}%"
+        cells = [numbers[0], str(count), numbers[1], share, numbers[2]]
+        table.add_row(name, _WHEN[name], *cells)
+    Console().print(table)
 
 
 def _captured(path: Path, component: str, size: str) -> Graph:

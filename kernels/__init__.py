@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from heatsink.kernels.guided_step import guided_step
     from heatsink.kernels.layer_norm import layer_norm
     from heatsink.kernels.linear import linear
+    from heatsink.kernels.lora_linear import lora_linear
     from heatsink.kernels.lora_merge import lora_merge
     from heatsink.kernels.lora_rows import lora_rows
     from heatsink.kernels.noise import normal
@@ -44,6 +45,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "load",
+    "lora_linear",
     "lora_merge",
     "lora_rows",
     "normal",

@@ -3,9 +3,10 @@
 Layouts: `q (B, Sq, H, D)`, `k` and `v (B, Sk, H, D)`, any strides; views of a packed projection
 need no copy on CUDA where heads are multiples of 16 bytes (`_heads.settled`); the output is
 `(B, Sq, H, D)`, contiguous. Head dims 1 to 256, and 512 (the middle block of an autoencoder). fp16,
-bf16, fp32; scores, softmax and sums are fp32 and the output is rounded once. On CUDA the softmax's
-weights are rounded to the dtype before they meet `v`, since tensor cores take them so; in C++ they
-stay fp32. PyTorch's attention has roundings of its own.
+bf16, fp32; scores, softmax and sums are fp32 and the output is rounded once. On CUDA, and in
+bf16 in C++, the softmax's weights are rounded to the dtype before they meet `v`, since matrix units
+take them so; in C++ they stay fp32 otherwise. Products of bf16 in C++ take subnormal numbers for 0.
+PyTorch's attention has roundings of its own.
 
 `causal` lets query i see keys 0 to i, aligned at the top left as PyTorch's is, whatever Sq and Sk.
 A query that sees no key (a bias of -inf everywhere, or Sk = 0) gives 0.

@@ -19,6 +19,10 @@ class SlotMemory:
         layouts: by component; all with the same number of slots.
         device: where the tensors are.
         dtype: of the tensors.
+
+    Attributes:
+        tensors: component -> name -> values, as `PortLayout.shapes`.
+        ranks: component -> name -> how many ranks of a row count, as `PortLayout.rank_shapes`.
     """
 
     def __init__(
@@ -32,17 +36,34 @@ class SlotMemory:
             }
             for component, layout in layouts.items()
         }
+        self.ranks = {
+            component: {
+                name: torch.zeros(shape, device=device, dtype=torch.int32)
+                for name, shape in layout.rank_shapes().items()
+            }
+            for component, layout in layouts.items()
+        }
+
+    def all(self) -> list[Tensor]:
+        """Every tensor that it holds."""
+        both = (*self.tensors.values(), *self.ranks.values())
+        return [tensor for tensors in both for tensor in tensors.values()]
 
     @property
     def bytes(self) -> int:
         """Device memory that it takes."""
-        return sum(t.nbytes for tensors in self.tensors.values() for t in tensors.values())
+        return sum(tensor.nbytes for tensor in self.all())
 
     def parts(self, slot: int) -> Iterator[tuple[str, str, Tensor]]:
         """Component, tensor's name and the slot's rows of it, a view `(ports, rank, ...)`."""
         for component, tensors in self.tensors.items():
             for name, tensor in tensors.items():
                 yield component, name, tensor.unflatten(0, (-1, self._slots[component]))[:, slot]
+
+    def _rank_parts(self, slot: int) -> Iterator[tuple[str, str, Tensor]]:
+        for component, tensors in self.ranks.items():
+            for name, tensor in tensors.items():
+                yield component, name, tensor.view(-1, self._slots[component])[:, slot]
 
     def write(self, slot: int, adapter: StackedAdapter) -> None:
         """Copy an adapter into a slot; on a GPU only queued, on the current stream."""
@@ -52,23 +73,39 @@ class SlotMemory:
             if values is not None:
                 part[:, :rank].copy_(values, non_blocking=True)
             part[:, rank:].zero_()
+        for component, name, column in self._rank_parts(slot):
+            ranks = adapter.ranks.get(component, {}).get(name)
+            if ranks is None:
+                column.zero_()
+            else:
+                column.copy_(ranks, non_blocking=True)
 
     def digest(self, slot: int) -> str:
         """SHA-256 (hex) of what the slot's bytes are now."""
-        return _digest((c, name, part.cpu()) for c, name, part in self.parts(slot))
+        every = (*self.parts(slot), *self._rank_parts(slot))
+        # A copy is dense where there is one port, too.
+        dense = torch.contiguous_format
+        return _digest((c, n, part.cpu().clone(memory_format=dense)) for c, n, part in every)
 
     def expected(self, adapter: StackedAdapter) -> str:
         """The digest of a slot that holds this adapter."""
-        return _digest(
+        values = [
             (component, name, _padded(part, adapter.parts.get(component, {}).get(name)))
             for component, name, part in self.parts(0)
-        )
+        ]
+        ranks = [
+            (component, name, _padded(part, adapter.ranks.get(component, {}).get(name)))
+            for component, name, part in self._rank_parts(0)
+        ]
+        return _digest((*values, *ranks))
 
 
 def _padded(part: Tensor, values: Tensor | None) -> Tensor:
     whole = torch.zeros(part.shape, dtype=part.dtype)
-    if values is not None:
+    if values is not None and values.dim() > 1:
         whole[:, : values.shape[1]] = values
+    elif values is not None:
+        whole.copy_(values)
     return whole
 
 

@@ -66,6 +66,11 @@ class SlotTable:
                 return slot
         return None
 
+    def content(self, number: int) -> str:
+        """The digest of what a slot holds, or will when its copy is done; "" of an empty one."""
+        adapter = self.slots[number].adapter
+        return "" if adapter is None else adapter.digest
+
     def claim(self, adapters: Sequence[StackedAdapter], pinned: Collection[str]) -> list[Slot]:
         """Lease a slot for each of several different adapters; those that are missing are loaded.
 

@@ -1,4 +1,4 @@
-"""An adapter in host memory as the bank stacks it, so that a load is two copies a group of ports.
+"""An adapter in host memory as the bank stacks it, so that a load is three copies a group of ports.
 
 The scale of a module (alpha / rank) goes into its `b`: the product is taken in float64 and rounded
 once to the bank's dtype (`a` is converted to it), so a row's scale is its request's weight alone.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -30,11 +30,14 @@ class StackedAdapter:
         modules: what it changes, `component.module_path`, sorted.
         parts: component -> name of a bank tensor -> `(ports, r, ...)`, the slot's part with only
             the ranks that the adapter uses. What is not there is zero.
+        ranks: component -> name of the bank's ranks -> int32 `(ports,)`, each port's own rank. What
+            is not there is zero too.
     """
 
     digest: str
     modules: tuple[str, ...]
     parts: dict[str, dict[str, Tensor]]
+    ranks: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -87,13 +90,18 @@ def stack(
             refused[_called(delta)] = reason
     _refuse(refused, len(deltas))
     parts: dict[str, dict[str, Tensor]] = {}
+    ranks: dict[str, dict[str, Tensor]] = {}
     for component, groups in sorted(grouped.items()):
-        own = parts.setdefault(component, {})
+        own, counted = parts.setdefault(component, {}), ranks.setdefault(component, {})
         for index, members in sorted(groups.items()):
             a, b = _stack_group(layouts[component].groups[index], members, dtype, pinned, refused)
             own |= {f"bank.{index}.a": a, f"bank.{index}.b": b}
+            every = torch.zeros(a.shape[0], dtype=torch.int32, pin_memory=pinned)
+            for port, delta in members.items():
+                every[port] = delta.rank
+            counted[f"bank.{index}.ranks"] = every
     _refuse(refused, len(deltas))
-    return StackedAdapter(digest_deltas(deltas), tuple(sorted(map(_called, deltas))), parts)
+    return StackedAdapter(digest_deltas(deltas), tuple(sorted(map(_called, deltas))), parts, ranks)
 
 
 def _called(delta: AdapterDelta) -> str:

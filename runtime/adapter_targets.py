@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from heatsink.runtime.adapter_keys import Key, Unknown, file_path
+from heatsink.runtime.components import CONTROL_PREFIX
 from heatsink.runtime.ldm_names import translate, unet_names
 
 if TYPE_CHECKING:
@@ -36,7 +37,9 @@ class Targets:
     @classmethod
     def of(cls, model: Model) -> Targets:
         """The linears and convolutions of a model's text encoders, UNet and ControlNet."""
-        names = [name for name in model.components if not name.startswith("vae")]
+        # Of the ControlNets only the model's own is a target: files name no other.
+        others = ("vae", CONTROL_PREFIX)
+        names = [name for name in model.components if not name.startswith(others)]
         shapes = {name: _shapes(model, name) for name in (*names, *model.extras)}
         flat = {component: _flat_names(component, table) for component, table in shapes.items()}
         inverse = {new: old for old, new in unet_names(model.config("unet")).items()}

@@ -67,8 +67,7 @@ class AdapterBank:
         self.targets, self.dtype, self.most = targets, dtype, dict(most or {})
         self._pin_memory = torch.device(device).type == "cuda"
         self._memory = SlotMemory(self.layouts, torch.device(device), dtype)
-        memory = [t for each in self._memory.tensors.values() for t in each.values()]
-        loader = loader or make_loader(torch.device(device), memory)
+        loader = loader or make_loader(torch.device(device), self._memory.all())
         self._table = SlotTable(self.slots, self._memory, loader, self._called)
         self._names: dict[str, str] = {}
         self._receipts: dict[str, AdapterReceipt | None] = {}
@@ -82,6 +81,14 @@ class AdapterBank:
     def tensors(self, component: str) -> dict[str, Tensor]:
         """The component's bank tensors by input name; never allocated anew."""
         return dict(self._memory.tensors[component])
+
+    def ranks(self, component: str) -> dict[str, Tensor]:
+        """How many ranks count of the rows of `tensors`, for the native engine; as lasting."""
+        return dict(self._memory.ranks[component])
+
+    def content(self, slot: int) -> str:
+        """The digest of the adapter in a slot; "" of an empty one."""
+        return self._table.content(slot)
 
     # The registry
 

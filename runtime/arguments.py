@@ -9,13 +9,18 @@ from typing import TYPE_CHECKING, Any
 from heatsink.runtime.digest import image_digest
 from heatsink.runtime.errors import InvalidRequest
 from heatsink.runtime.request import Request
+from heatsink.runtime.request_pictures import Pictures
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 DEFAULT_STRENGTH = 0.8
+# As in diffusers: what is painted anew begins from noise alone.
+MASKED_STRENGTH = 1.0
 Adapters = str | Mapping[str, float] | Sequence[str | Mapping[str, float] | None] | None
 """Adapters of a call: one choice for all prompts, or a list with one for each."""
+Controls = Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None
+"""`{ControlNet: picture or (picture, scale)}` for all prompts, or a list with one for each."""
 
 
 def make_requests(
@@ -27,19 +32,24 @@ def make_requests(
     seed: int | Sequence[int],
     size: tuple[int, int] | int | None,
     adapters: Adapters = None,
+    mask: Image | Sequence[Image | None] | None = None,
+    control: Controls = None,
     **fields: Any,
-) -> tuple[list[Request], list[Image | None]]:
-    """A request for each prompt, and its picture or None.
+) -> tuple[list[Request], list[Pictures]]:
+    """A request for each prompt, and its pictures.
 
     Args:
         prompt: a text, or several.
         negative_prompt: one for all, or one for each.
         image: one for all, or one for each.
-        strength: of the requests that have a picture; 0.8 where not given.
+        strength: of the requests that have a picture; where not given 0.8, with a mask 1.
         seed: one number (prompt i takes seed + i), or one for each.
         size: (height, width), or one number for both.
         adapters: `{name: weight}` or a name (weight 1) for all, or a list with one of these or None
             for each.
+        mask: one for all, or one for each.
+        control: `{ControlNet: picture or (picture, scale)}` for all, or a list with one of these
+            or None for each.
         **fields: of `Request`, the same for all.
 
     Raises:
@@ -48,13 +58,17 @@ def make_requests(
     prompts = [prompt] if isinstance(prompt, str) else list(_sequence("prompt", prompt))
     count = len(prompts)
     height, width = _pair(size)
-    images = [_checked_image(each) for each in _each("image", image, count)]
+    images, masks = (
+        [_checked_image(name, each) for each in _each(name, value, count)]
+        for name, value in (("image", image), ("mask", mask))
+    )
+    controls = [_controls(each) for each in _each("control", control, count)]
     if strength is not None and image is None:
         raise InvalidRequest(f"strength: expected an image beside it, got {strength} alone")
     seeds = _seeds(seed, count)
     mixes = [_mix(each) for each in _each("adapters", adapters, count)]
     negatives = _each("negative_prompt", negative_prompt, count)
-    digests: dict[int, str] = {id(each): image_digest(each) for each in images if each is not None}
+    digest = _Digests()
     requests = [
         Request.parse(
             prompt=prompts[i],
@@ -62,18 +76,61 @@ def make_requests(
             seed=seeds[i],
             height=height,
             width=width,
-            strength=None if images[i] is None else _strength(strength),
-            image_digest=None if images[i] is None else digests[id(images[i])],
+            strength=None if images[i] is None else _strength(strength, masks[i]),
+            image_digest=digest(images[i]),
             adapters=mixes[i],
+            mask_digest=digest(masks[i]),
+            controls={
+                name: {"image_digest": digest(picture), "scale": scale}
+                for name, (picture, scale) in controls[i].items()
+            },
             **fields,
         )
         for i in range(count)
     ]
-    return requests, images
+    return requests, [
+        Pictures(images[i], masks[i], {name: picture for name, (picture, _) in controls[i].items()})
+        for i in range(count)
+    ]
 
 
-def _strength(strength: float | None) -> float:
-    return DEFAULT_STRENGTH if strength is None else strength
+class _Digests:
+    """Digests of pictures; of one that several prompts share it is computed once."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, str] = {}
+
+    def __call__(self, image: Image | None) -> str | None:
+        if image is None:
+            return None
+        if id(image) not in self._known:
+            self._known[id(image)] = image_digest(image)
+        return self._known[id(image)]
+
+
+def _strength(strength: float | None, mask: Image | None) -> float:
+    if strength is not None:
+        return strength
+    return DEFAULT_STRENGTH if mask is None else MASKED_STRENGTH
+
+
+def _controls(control: Any) -> dict[Any, tuple[Image, Any]]:
+    """What steers one prompt: pictures and scales by ControlNet."""
+    if control is None:
+        return {}
+    if not isinstance(control, Mapping):
+        raise InvalidRequest(
+            "control: expected {ControlNet: picture or (picture, scale)} or None (or a list with "
+            f"one of these for each prompt), got {control!r}"
+        )
+    found: dict[Any, tuple[Image, Any]] = {}
+    for name, value in control.items():
+        picture, scale = value if isinstance(value, tuple) and len(value) == 2 else (value, 1.0)
+        checked = _checked_image(f"control {name!r}", picture)
+        if checked is None:
+            raise InvalidRequest(f"control {name!r}: expected a picture, got None")
+        found[name] = checked, scale
+    return found
 
 
 def _mix(adapters: Any) -> dict[Any, Any]:
@@ -110,11 +167,11 @@ def _pair(size: Any) -> tuple[Any, Any]:
     return size, size
 
 
-def _checked_image(image: Any) -> Image | None:
+def _checked_image(name: str, image: Any) -> Image | None:
     from PIL.Image import Image
 
     if image is not None and not isinstance(image, Image):
-        raise InvalidRequest(f"image: expected a PIL image, got a {type(image).__name__}")
+        raise InvalidRequest(f"{name}: expected a PIL image, got a {type(image).__name__}")
     return image
 
 

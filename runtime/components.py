@@ -17,16 +17,24 @@ COMPONENTS = {
     "sd1": ("text_encoder", "unet", "vae_decoder", "vae_encoder"),
     "sdxl": ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder"),
 }
+CONTROL_PREFIX = "controlnet_"
+"""Before a ControlNet's name in its component's: an engine may have several."""
 # The children of AutoencoderKL that each of its two components is made of.
 _HALVES = {
     "vae_decoder": ("decoder", "post_quant_conv"),
     "vae_encoder": ("encoder", "quant_conv"),
 }
+_CLASSES = {"unet": "UNet2DConditionModel", "controlnet": "ControlNetModel"}
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _OLD_ATTENTION_NAME = re.compile(
     r"(.*\battentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)"
 )
 _TEXT_PREFIX = "text_model."
+
+
+def kind_of(component: str) -> str:
+    """What a component is: its name, or `controlnet` for any of the ControlNets."""
+    return "controlnet" if component.startswith(CONTROL_PREFIX) else component
 
 
 def part_of(component: str) -> str:
@@ -93,7 +101,7 @@ def meta_module(component: str, config: Mapping[str, Any]) -> nn.Module:
     Raises:
         ModelError: the configuration is of another class, or the library can't build it.
     """
-    expected = "AutoencoderKL" if component in _HALVES else "UNet2DConditionModel"
+    expected = _CLASSES.get(kind_of(component), "AutoencoderKL")
     text = component.startswith("text_encoder")
     found = config.get("model_type" if text else "_class_name")
     if found not in (None, "clip_text_model" if text else expected):

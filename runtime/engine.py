@@ -11,28 +11,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from heatsink.runtime import pictures
 from heatsink.runtime.adapter_delta import AdapterDelta
 from heatsink.runtime.adapter_info import AdapterInfo
 from heatsink.runtime.adapter_intake import add_file
-from heatsink.runtime.adapter_lease import Lease, trimmed
+from heatsink.runtime.adapter_lease import Lease
 from heatsink.runtime.adapter_mix import Mix
 from heatsink.runtime.adapters import AdapterBank
-from heatsink.runtime.arguments import Adapters, make_requests
-from heatsink.runtime.backends.session import Array
+from heatsink.runtime.arguments import Adapters, Controls, make_requests
+from heatsink.runtime.backends.session import Array, Phased
 from heatsink.runtime.buckets import alike
 from heatsink.runtime.conditions import Conditions, encode
 from heatsink.runtime.digest import image_digest
 from heatsink.runtime.errors import InvalidRequest, NotBuilt, NumericError
 from heatsink.runtime.request import Request
+from heatsink.runtime.request_pictures import Pictures, check_pictures
 from heatsink.runtime.result import Receipt, Result
 from heatsink.runtime.sampler import Job, denoise, new_job
 from heatsink.runtime.schedule import Schedule, make_schedule
 from heatsink.runtime.spec import NO_PORTS, EngineSpec
 from heatsink.runtime.stages import Clock, Progress, staged
-from heatsink.runtime.starts import check_images, encode_images
+from heatsink.runtime.starts import Start, encode_starts
+from heatsink.runtime.steering import SteeredUNet, mark_rows, steers
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -141,6 +142,8 @@ class Engine:
         scheduler: str = "dpm++2m",
         size: tuple[int, int] | int | None = None,
         adapters: Adapters = None,
+        mask: Image | Sequence[Image | None] | None = None,
+        control: Controls = None,
         progress: Progress | None = None,
     ) -> Result:
         """Make an image of each prompt.
@@ -149,7 +152,8 @@ class Engine:
             prompt: a text, or several.
             negative_prompt: what to keep away from: one text for all, or one for each prompt.
             image: start from this picture (or one for each prompt) instead of from noise.
-            strength: with an image, the share of the steps that is run, (0, 1]; 0.8 if not given.
+            strength: with an image, the share of the steps that is run, (0, 1]; if not given 0.8,
+                with a mask 1.
             seed: one number (prompt i takes seed + i), or one for each prompt; 0 <= seed < 2^64.
             steps: denoising steps, 1 to 1000.
             guidance: scale of classifier-free guidance; 1 turns it off and halves the work.
@@ -157,6 +161,11 @@ class Engine:
             size: (height, width) in pixels, or one number for both; the engine's own if not given.
             adapters: `{name: weight}` of adapters that were added, or a name (weight 1), for all
                 prompts; or a list with one of these or None for each prompt.
+            mask: with an image, bright where it is painted anew and dark where it stays; one for
+                all prompts, or one for each.
+            control: `{name: picture}` or `{name: (picture, scale)}` of the ControlNets that the
+                engine was built with, for all prompts; or a list with one of these or None for
+                each. Several add up.
             progress: called with ("text" | "image" | "unet" | "vae", done, total).
 
         Returns:
@@ -164,8 +173,8 @@ class Engine:
 
         Raises:
             InvalidRequest: an argument is out of range or lists differ in length.
-            NotBuilt: the engine was not built for the size or for so many adapters in one prompt,
-                or has no VAE encoder for `image`.
+            NotBuilt: the engine was not built for the size, a ControlNet or so many adapters in one
+                prompt, or has no VAE encoder for `image`.
             UnknownAdapter: an adapter was not added.
             CapacityError: the prompts need more different adapters than the bank has room for now.
             NumericError: a component gave NaN or infinity; names the request and the step.
@@ -181,13 +190,15 @@ class Engine:
             guidance=guidance,
             scheduler=scheduler,
             adapters=adapters,
+            mask=mask,
+            control=control,
         )
         return self.run(requests, images, progress=progress)
 
     def run(
         self,
         requests: Sequence[Request],
-        images: Sequence[Image | None] | None = None,
+        images: Sequence[Image | Pictures | None] | None = None,
         *,
         progress: Progress | None = None,
     ) -> Result:
@@ -195,7 +206,8 @@ class Engine:
 
         Args:
             requests: what to make.
-            images: the picture of every image-to-image request, None for the others.
+            images: the pictures that every request names, None where it names none; an image
+                alone is where it starts from.
             progress: as in `generate`.
 
         Raises:
@@ -206,13 +218,12 @@ class Engine:
         report = progress or (lambda stage, done, total: None)
         clock = Clock()
         requests = [self.resolve(request) for request in requests]
-        images = [None] * len(requests) if images is None else list(images)
-        check_images(requests, images)
+        given = check_pictures(requests, images)
         plans = [self._plan(request) for request in requests]
         if not requests:
             return Result([], [], [], clock.seconds)
         with self._lease(requests) as lease:
-            results, receipts = self._answer(requests, images, plans, lease, clock, report)
+            results, receipts = self._answer(requests, given, plans, lease, clock, report)
         return Result(results, requests, receipts, clock.seconds)
 
     def _lease(self, requests: Sequence[Request]) -> Lease:
@@ -224,7 +235,7 @@ class Engine:
     def _answer(
         self,
         requests: Sequence[Request],
-        images: Sequence[Image | None],
+        given: Sequence[Pictures],
         plans: Sequence[Schedule],
         lease: Lease,
         clock: Clock,
@@ -238,16 +249,21 @@ class Engine:
         lease.wait()
         with staged(clock, report, "text", len(answered)):
             conditions = self._encode_text(answered, lease)
-        with staged(clock, report, "image", sum(image is not None for image in images)):
-            starts = encode_images(answered, images, self._run)
+        with staged(clock, report, "image", sum(own.image is not None for own in given)):
+            starts = encode_starts(answered, given, self._run, self.spec)
         self._add_adapters(conditions.rows, lease)
+        steering = [
+            steers(request, own.controls) for request, own in zip(answered, given, strict=True)
+        ]
+        mark_rows(conditions.rows, steering, [start.kept for start in starts])
+        unet = SteeredUNet(self._run, self.spec.residuals, steering)
         jobs = [
             self._job(*parts)
             for parts in zip(answered, plans, conditions.rows, starts, strict=True)
         ]
         with clock.measure("unet"):
             report("unet", 0, sum(len(job.schedule) * len(job.conditions) for job in jobs))
-            self._denoise(jobs, lambda done, total: report("unet", done, total))
+            self._denoise(jobs, unet, lambda done, total: report("unet", done, total))
         with staged(clock, report, "vae", len(jobs)):
             pixels = self._decode(jobs)
         results = [pictures.to_image(each) for each in pixels]
@@ -286,7 +302,7 @@ class Engine:
         request: Request,
         schedule: Schedule,
         rows: list[dict[str, Array]],
-        start: torch.Tensor | None,
+        start: Start,
     ) -> Job:
         name = f"request {request.digest[:12]} ({request.prompt!r}, seed {request.seed})"
         return new_job(
@@ -296,21 +312,41 @@ class Engine:
             schedule,
             rows,
             self.spec.latent_shape(request),
-            start,
+            start.latents,
+            start.mask,
+            blend=not self.spec.inpainting,
         )
 
-    def _denoise(self, jobs: Sequence[Job], report: Callable[[int, int], None]) -> None:
+    def _denoise(
+        self, jobs: Sequence[Job], unet: SteeredUNet, report: Callable[[int, int], None]
+    ) -> None:
         """Rows of one size share a batch."""
         total, before = sum(job.rows_left for job in jobs), 0
         for places in alike([tuple(job.latents.shape) for job in jobs]):
             group = [jobs[place] for place in places]
             own = sum(job.rows_left for job in group)
+            self._prepare(group, unet)
             denoise(
                 group,
-                lambda inputs: self._run("unet", trimmed(inputs))["out"],
+                unet,
                 lambda done, _, before=before: report(before + done, total),  # type: ignore[misc]
             )
             before += own
+
+    def _prepare(self, jobs: Sequence[Job], unet: SteeredUNet) -> None:
+        """Let the networks compute before the loop what does not depend on the latents."""
+        conditions = [condition for job in jobs for condition in job.conditions]
+        times = [job.timesteps for job in jobs for _ in job.conditions]
+        for name, inputs, own in unet.ahead(conditions, times):
+            component = self._components.get(name)
+            if isinstance(component, Phased):
+                component.prepare(inputs, own)
+
+    def forget(self) -> None:
+        """Let go of what is kept of earlier requests; the next costs what a first one does."""
+        for component in self._components.values():
+            if isinstance(component, Phased):
+                component.forget()
 
     def _decode(self, jobs: Sequence[Job]) -> list[Any]:
         """Latents to pixels, the images of one size in one batch; in the order of the jobs."""

@@ -27,6 +27,7 @@ from heatsink.runtime.merge_plans import MergePlans
 from heatsink.runtime.merge_terms import Part, Prepared, parts_of, places_of
 from heatsink.runtime.pristine import STAGING, Cost, Keep, Pristine, costs
 from heatsink.runtime.weights import hash_tensor
+from heatsink.runtime.writes import note_write
 
 Applied = Sequence[tuple[Prepared, float]]
 # What the kernel takes; of any other dtype, a file's values become fp32.
@@ -187,6 +188,7 @@ class Merger:
             with self._undone(rest):
                 for key in moved.intersection(touched):
                     self._live[key].detach().copy_(self._pristine.read(key))
+                    note_write([self._live[key]])
                 self._write(rest, ())
             self._applied = ()
             # Before what is kept of them goes: what is dirty must be known.
@@ -285,6 +287,8 @@ class Merger:
         groups: dict[tuple[torch.device, torch.dtype], list[str]] = defaultdict(list)
         for key in touched:
             groups[self._live[key].device, self._live[key].dtype].append(key)
+            # The kernels go by the address. Before they begin: one that breaks off has written.
+            note_write([self._live[key]])
         for group, keys in groups.items():
             if self._pristine.keep == "device":
                 self._plan(group, keys, wanted)

@@ -5,19 +5,18 @@ from __future__ import annotations
 from torch import Tensor
 
 from heatsink.runtime.errors import AdapterError
+from heatsink.runtime.writes import writes
 
 Stamp = tuple[object, ...]
 
 
 def stamp(weight: Tensor) -> Stamp:
-    """What changes when a weight is moved, cast or written, as far as PyTorch counts writes.
+    """What changes when a weight is moved, cast or written, as far as `writes` counts.
 
-    It counts none through `weight.data` or another tensor made of the same memory, by kernels that
-    go by the address, or into inference tensors. docs/merge.md says what follows.
+    docs/merge.md says what follows.
     """
-    version = 0 if weight.is_inference() else weight._version
     shape = tuple(weight.shape)
-    return weight.data_ptr(), weight.device, weight.dtype, shape, weight.stride(), version
+    return weight.data_ptr(), weight.device, weight.dtype, shape, weight.stride(), writes(weight)
 
 
 def check_layout(key: str, weight: Tensor) -> None:

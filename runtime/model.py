@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from heatsink.runtime import components
 from heatsink.runtime.errors import CallerError, ModelError
+from heatsink.runtime.model_control import read_controlnet
 from heatsink.runtime.model_folder import Config, Layout, Part, read_extra, read_folder
 from heatsink.runtime.weights import Progress, Weights, refuse_pickle, sha256_of
 
@@ -30,7 +31,7 @@ class Model:
         kind: `"sd1"` (Stable Diffusion 1.x and what is built like it) or `"sdxl"`.
         path: what was opened.
         components: the names of its networks; `vae_decoder` and `vae_encoder` are the halves of
-            `vae`.
+            `vae`, `controlnet_NAME` those of `with_controlnets`.
         extras: names of networks that lie beside them in the folder (`controlnet`). `config` and
             `weights` know them, too.
         notes: what was ignored or chosen while opening, each a sentence for the user.
@@ -38,10 +39,13 @@ class Model:
         settings: the pipeline's own settings (`force_zeros_for_empty_prompt`, ...).
     """
 
-    def __init__(self, path: Path, layout: Layout) -> None:
+    def __init__(
+        self, path: Path, layout: Layout, controls: Mapping[str, Part] | None = None
+    ) -> None:
         self.path = path
         self.kind = layout.kind
-        self.components = components.COMPONENTS[layout.kind]
+        self._controls = dict(controls or {})
+        self.components = (*components.COMPONENTS[layout.kind], *self._controls)
         self.extras = tuple(layout.extras)
         self.notes = tuple(layout.notes)
         self.scheduler_config: Config = dict(layout.scheduler)
@@ -106,9 +110,34 @@ class Model:
 
     def with_weights(self, replaced: Mapping[str, Weights]) -> Model:
         """The same model with other weights for some components, as a fused LoRA has."""
-        model = Model(self.path, self._layout)
+        model = Model(self.path, self._layout, self._controls)
         model._weights = {**self._weights, **{self._known(c): w for c, w in replaced.items()}}
         return model
+
+    def with_controlnets(self, folders: Mapping[str, str | Path]) -> Model:
+        """The same model with ControlNets beside its networks: components `controlnet_NAME`.
+
+        Args:
+            folders: each a `config.json` and weights, as diffusers saves a ControlNetModel; by the
+                names that requests will call them.
+
+        Raises:
+            InvalidRequest: a name is none.
+            ModelError, UnsafeFile: a folder holds no ControlNet, or one for another UNet.
+        """
+        controls = dict(self._controls)
+        for name, folder in folders.items():
+            part = read_controlnet(Path(folder), name, self.config("unet"), self._layout.notes)
+            controls[components.CONTROL_PREFIX + name] = part
+        model = Model(self.path, self._layout, controls)
+        replaced = {components.CONTROL_PREFIX + name for name in folders}
+        model._weights = {n: w for n, w in self._weights.items() if n not in replaced}
+        return model
+
+    @property
+    def controlnets(self) -> tuple[str, ...]:
+        """The names of its ControlNets."""
+        return tuple(each.removeprefix(components.CONTROL_PREFIX) for each in self._controls)
 
     def module(self, component: str) -> nn.Module:
         """The component's module on the meta device, names and shapes checked against its weights.
@@ -174,7 +203,7 @@ class Model:
         """
         if component not in self._digests:
             config = {k: v for k, v in self.config(component).items() if k not in _VOLATILE}
-            text = f"{component}\0{json.dumps(config, sort_keys=True)}\0"
+            text = f"{components.kind_of(component)}\0{json.dumps(config, sort_keys=True)}\0"
             digest = sha256_of(text)
             name = functools.partial(components.lasting_name, component)
             self.weights(component).update_digest(digest, name, progress)
@@ -195,6 +224,8 @@ class Model:
         return self._layout.tokenizers[index]
 
     def _part(self, component: str) -> Part:
+        if component in self._controls:
+            return self._controls[component]
         if component not in self.extras:
             return self._layout.parts[components.part_of(component)]
         if component not in self._extra_parts:
@@ -209,11 +240,13 @@ class Model:
 
     def _check_channels(self) -> None:
         unet, vae = (self._layout.parts[part].config for part in ("unet", "vae"))
-        if unet.get("in_channels", 4) != vae.get("latent_channels", 4):
+        latent = vae.get("latent_channels", 4)
+        # An inpainting model also takes a mask and the latents of what it keeps.
+        if unet.get("in_channels", 4) not in (latent, 2 * latent + 1):
             raise ModelError(
                 f"{self.path}: the UNet takes {unet.get('in_channels')} channels and the"
-                f" VAE's latents have {vae.get('latent_channels')}; inpainting and editing models"
-                " are not supported"
+                f" VAE's latents have {latent}; expected {latent} (or {2 * latent + 1}, of an"
+                " inpainting model): others, such as editing models, are not supported"
             )
 
 

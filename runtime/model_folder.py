@@ -13,11 +13,14 @@ from heatsink.runtime.weights import PICKLE_SUFFIXES, Entry, open_safetensors
 
 Config = dict[str, Any]
 
+# What each kind is saved by; the same networks serve all of a kind's pipelines.
+_TASKS = (
+    "", "Img2Img", "Inpaint", "ControlNet", "ControlNetImg2Img", "ControlNetInpaint"
+)  # fmt: skip
 PIPELINES = {
-    "StableDiffusionPipeline": "sd1",
-    "StableDiffusionImg2ImgPipeline": "sd1",
-    "StableDiffusionXLPipeline": "sdxl",
-    "StableDiffusionXLImg2ImgPipeline": "sdxl",
+    f"StableDiffusion{infix}{task}Pipeline": kind
+    for infix, kind in (("", "sd1"), ("XL", "sdxl"))
+    for task in _TASKS
 }
 PARTS = {
     "sd1": {
@@ -104,13 +107,27 @@ def read_folder(folder: Path, variant: str | None) -> Layout:
 
 def read_extra(layout: Layout, name: str) -> Part:
     """Read a network of `layout.extras`; errors as of `read_folder`."""
-    folder = layout.extras[name]
+    return read_network(layout.extras[name], EXTRAS[name], layout.variant, layout.notes)
+
+
+def read_network(folder: Path, class_name: str, variant: str | None, notes: list[str]) -> Part:
+    """Read one network's folder.
+
+    Args:
+        folder: holds `config.json` and the weights.
+        class_name: of the network.
+        variant: as of `read_folder`.
+        notes: what was chosen is added.
+
+    Raises:
+        ModelError, UnsafeFile: as `read_folder`.
+    """
     config = read_json(folder / "config.json")
-    if config.get("_class_name") != EXTRAS[name]:
+    if config.get("_class_name") != class_name:
         raise ModelError(
-            f"{folder} holds a {config.get('_class_name')} (config.json), expected {EXTRAS[name]}"
+            f"{folder} holds a {config.get('_class_name')} (config.json), expected {class_name}"
         )
-    return Part(config, _read_weights(folder, layout.variant, layout.notes))
+    return Part(config, _read_weights(folder, variant, notes))
 
 
 def read_json(path: Path) -> Config:

@@ -20,6 +20,7 @@ from heatsink.runtime.errors import InvalidRequest
 
 __all__ = [
     "ENCODE",
+    "ENCODE_KEPT",
     "INITIAL",
     "NOISE_VERSION",
     "STEP",
@@ -34,6 +35,7 @@ __all__ = [
 INITIAL = 0  # the starting latents; for image-to-image, the noise added to the encoded image
 STEP = 1  # fresh noise of a scheduler's step; `step` counts the request's steps from 0
 ENCODE = 2  # the sample drawn from the VAE encoder's distribution
+ENCODE_KEPT = 3  # likewise, of what an inpainting model keeps of the picture
 
 
 def _checked(name: str, value: SupportsIndex, bits: int) -> int:

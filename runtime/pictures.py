@@ -13,13 +13,28 @@ if TYPE_CHECKING:
 
 def to_array(image: Image, height: int, width: int) -> npt.NDArray[np.float32]:
     """An image as RGB float32 `(3, H, W)` in [-1, 1]; resized (Lanczos) where its size differs."""
+    pixels = _resized(image.convert("RGB"), height, width)
+    return np.ascontiguousarray((pixels / np.float32(127.5) - np.float32(1)).transpose(2, 0, 1))
+
+
+def to_unit_array(image: Image, height: int, width: int) -> npt.NDArray[np.float32]:
+    """As `to_array`, in [0, 1]: what ControlNets take."""
+    pixels = _resized(image.convert("RGB"), height, width)
+    return np.ascontiguousarray((pixels / np.float32(255)).transpose(2, 0, 1))
+
+
+def to_mask(image: Image, height: int, width: int) -> npt.NDArray[np.bool_]:
+    """A mask's pixels `(H, W)`: true where its grey is at least half; resized as `to_array`."""
+    grey: npt.NDArray[np.bool_] = _resized(image.convert("L"), height, width) >= np.float32(127.5)
+    return grey
+
+
+def _resized(image: Image, height: int, width: int) -> npt.NDArray[np.float32]:
     from PIL import Image as images
 
-    rgb = image.convert("RGB")
-    if rgb.size != (width, height):
-        rgb = rgb.resize((width, height), images.Resampling.LANCZOS)
-    pixels = np.asarray(rgb, dtype=np.float32)
-    return np.ascontiguousarray((pixels / np.float32(127.5) - np.float32(1)).transpose(2, 0, 1))
+    if image.size != (width, height):
+        image = image.resize((width, height), images.Resampling.LANCZOS)
+    return np.asarray(image, dtype=np.float32)
 
 
 def to_image(pixels: npt.NDArray[np.float32]) -> Image:

@@ -87,6 +87,17 @@ class PortLayout:
             shapes[f"bank.{g}.b"] = (rows, self.rank, group.outputs)
         return shapes
 
+    def rank_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the true ranks of the bank's rows by name, in order.
+
+        `bank.G.ranks` int32 `(ports * slots,)`: how many ranks of a row count; the native engine
+        computes no others.
+        """
+        return {
+            f"bank.{g}.ranks": (len(group.members) * self.slots,)
+            for g, group in enumerate(self.groups)
+        }
+
     def as_dict(self) -> dict[str, Any]:
         """As JSON values."""
         groups = [

@@ -25,7 +25,11 @@ from pydantic import (
 from heatsink.runtime.digest import canonical_json, sha256_bytes
 from heatsink.runtime.errors import InvalidRequest
 
+MAX_CONTROLS = 4
+"""ControlNets that steer one image."""
 _SHOWN_CHARACTERS = 80
+# Fields that came later: they enter the digest only where they say something.
+_LATER = ("mask_digest", "controls")
 
 
 class Scheduler(StrEnum):
@@ -90,11 +94,24 @@ def _weights(value: dict[str, float]) -> dict[str, float]:
     return spelled
 
 
+def _sorted(value: dict[str, Control]) -> dict[str, Control]:
+    return dict(sorted(value.items()))
+
+
 Text = Annotated[str, AfterValidator(_text)]
 Integer = Annotated[int, BeforeValidator(_integer)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Weight = Annotated[float, Field(allow_inf_nan=False)]
 AdapterName = Annotated[str, Field(min_length=1)]
+
+
+class Control(BaseModel):
+    """The picture that steers an image through one ControlNet."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    image_digest: Sha256
+    scale: Weight = 1.0
 
 
 class Request(BaseModel):
@@ -132,6 +149,17 @@ class Request(BaseModel):
         default_factory=dict, description="adapter names, each with a finite weight"
     )
 
+    mask_digest: Sha256 | None = Field(
+        None, description="a SHA-256 as 64 lower-case hexadecimal digits, or none"
+    )
+    controls: Annotated[dict[AdapterName, Control], AfterValidator(_sorted)] = Field(
+        default_factory=dict,
+        max_length=MAX_CONTROLS,
+        strict=False,
+        description=f"up to {MAX_CONTROLS} ControlNets' names, each with a picture's digest and a "
+        "finite scale",
+    )
+
     @model_validator(mode="after")
     def _image_and_strength(self) -> Request:
         if self.strength is not None and self.image_digest is None:
@@ -140,6 +168,8 @@ class Request(BaseModel):
             raise ValueError(
                 "strength: expected a number above 0 and up to 1 with an image, got none"
             )
+        if self.mask_digest is not None and self.image_digest is None:
+            raise ValueError("mask: expected an image beside it, got a mask alone")
         return self
 
     @classmethod
@@ -172,7 +202,7 @@ class Request(BaseModel):
             elif field is None:
                 text = f"{name}: no such field; expected one of {', '.join(cls.model_fields)}"
             elif item["type"] == "missing":
-                text = f"{name}: expected {field.description}, got nothing"
+                text = f"{'.'.join(path)}: expected {field.description}, got nothing"
             else:
                 text = (
                     f"{'.'.join(path)}: expected {field.description}, got {_shown(item['input'])}"
@@ -215,6 +245,9 @@ class Request(BaseModel):
         fields = self.model_dump(mode="json")
         if self.rows == 1:
             fields.update(negative_prompt="", guidance=1.0)
+        for name in _LATER:
+            if not fields[name]:
+                del fields[name]
         return sha256_bytes(canonical_json({"request": fields}))
 
     def __hash__(self) -> int:

@@ -25,6 +25,21 @@ RunRows = Callable[[dict[str, Array]], Array]
 Progress = Callable[[int, int], None]
 
 
+@dataclass(frozen=True)
+class Keep:
+    """What a mask keeps of a picture: after every step, the picture with as much noise is put back.
+
+    Attributes:
+        mask: bool `(1, h, w)`, true where the image is painted anew.
+        latents: float32 `(C, h, w)`, the encoded picture.
+        noise: float32 `(C, h, w)`, unit normal: that of the start.
+    """
+
+    mask: Tensor
+    latents: Tensor
+    noise: Tensor
+
+
 @dataclass
 class Job:
     """One request on its way.
@@ -39,6 +54,7 @@ class Job:
         latents: float32 `(C, h, w)`; the result once `done`.
         x0: float32 `(C, h, w)`, the prediction of the step before.
         step: the next step to run.
+        keep: what a mask keeps.
     """
 
     name: str
@@ -49,6 +65,7 @@ class Job:
     latents: Tensor
     x0: Tensor
     step: int = 0
+    keep: Keep | None = None
 
     @property
     def done(self) -> bool:
@@ -56,9 +73,23 @@ class Job:
         return self.step >= len(self.schedule)
 
     @property
+    def timesteps(self) -> Array:
+        """What the UNet is told at each of the remaining steps, float32 `(steps,)`."""
+        return self.schedule.timesteps[self.step :].astype(np.float32)
+
+    @property
     def rows_left(self) -> int:
         """Rows of the UNet that the remaining steps take."""
         return (len(self.schedule) - self.step) * len(self.conditions)
+
+    def advance(self, latents: Tensor, x0: Tensor) -> None:
+        """Take what a step gave, except where the mask keeps the picture."""
+        self.step += 1
+        self.x0 = x0
+        self.latents = latents
+        if self.keep is not None:
+            kept = self.schedule.noised(self.keep.latents, self.keep.noise, self.step)
+            self.latents = torch.where(self.keep.mask, latents, kept)
 
 
 def new_job(
@@ -69,11 +100,24 @@ def new_job(
     conditions: list[dict[str, Array]],
     shape: tuple[int, int, int],
     image: Tensor | None,
+    mask: Tensor | None = None,
+    *,
+    blend: bool = True,
 ) -> Job:
-    """A job before its first step: scaled noise, or noise over the encoded `image`."""
-    fresh = noise.normal(seed, noise.INITIAL, 0, shape)[None]
-    start = apply_start(fresh, None if image is None else image[None], start_scales([schedule]))
-    return Job(name, seed, guidance, schedule, conditions, start[0], torch.zeros(shape))
+    """A job before its first step: scaled noise, or noise over the encoded `image`.
+
+    With a `mask`, bool `(1, h, w)`, a schedule of all steps starts from noise alone, as in
+    diffusers: nothing of the picture is to show where it is painted anew. Elsewhere the picture is
+    put back at every step, unless `blend` is false: an inpainting model keeps it by itself.
+    """
+    fresh = noise.normal(seed, noise.INITIAL, 0, shape)
+    if mask is not None and schedule.start == 0:
+        start = torch.tensor(schedule.init_sigma, dtype=torch.float32) * fresh
+    else:
+        over = None if image is None else image[None]
+        start = apply_start(fresh[None], over, start_scales([schedule]))[0]
+    keep = Keep(mask, image, fresh) if mask is not None and image is not None and blend else None
+    return Job(name, seed, guidance, schedule, conditions, start, torch.zeros(shape), keep=keep)
 
 
 def denoise(jobs: Sequence[Job], run_rows: RunRows, progress: Progress | None = None) -> None:
@@ -125,8 +169,7 @@ def _step(active: list[Job], run_rows: RunRows) -> int:
         torch.tensor([job.step for job in active]),
     )
     for place, job in enumerate(active):
-        job.latents, job.x0 = following[place], x0[place]
-        job.step += 1
+        job.advance(following[place], x0[place])
     return len(conditions)
 
 

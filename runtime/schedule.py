@@ -48,6 +48,8 @@ class Schedule:
         init_sigma: The scale of unit noise that a sample starts from without an image.
         image_scale: `a` of the start `x = a*latents + b*noise`; 0 without an image.
         noise_scale: `b` of it; `init_sigma` without an image.
+        levels: float64 `(N, 2)`, read-only: `a` and `b` of what latents with noise are before each
+            step; before the first, the two above if there is an image.
         start: How many of the requested steps `strength` leaves out.
     """
 
@@ -56,6 +58,7 @@ class Schedule:
     init_sigma: float
     image_scale: float
     noise_scale: float
+    levels: Array
     start: int = 0
 
     def __len__(self) -> int:
@@ -74,6 +77,16 @@ class Schedule:
     def start_from(self, latents: torch.Tensor | None, noise: torch.Tensor) -> torch.Tensor:
         """Where one sample starts, float32, of the shape of `noise`; as `apply_start`."""
         return apply_start(noise, latents, start_scales([self])[0])
+
+    def noised(self, latents: torch.Tensor, noise: torch.Tensor, step: int) -> torch.Tensor:
+        """What `latents` are before a step, float32: `a*latents + b*noise`.
+
+        After the last step (`step` is the schedule's length) they are themselves.
+        """
+        if step == len(self):
+            return latents
+        a, b = (torch.tensor(value, dtype=torch.float32) for value in self.levels[step])
+        return a * latents + b * noise
 
     def needs_noise(self, step: int) -> bool:
         """Whether the step adds fresh noise."""
@@ -143,10 +156,13 @@ def _schedule(
             f"({config.num_train_timesteps} training steps, {config.prediction_type}), got {steps}"
         )
     solution.table.setflags(write=False)
-    image_scale, noise_scale = solution.image_scale, solution.noise_scale
+    solution.levels.setflags(write=False)
+    image_scale, noise_scale = map(float, solution.levels[0])
     if strength is None:
         image_scale, noise_scale = 0.0, solution.init_sigma
-    return Schedule(name, solution.table, solution.init_sigma, image_scale, noise_scale, start)
+    return Schedule(
+        name, solution.table, solution.init_sigma, image_scale, noise_scale, solution.levels, start
+    )
 
 
 def coefficients(

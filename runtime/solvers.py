@@ -56,14 +56,12 @@ class Solution:
     Attributes:
         table: float64 `(N, 8)`, a row for each step that is run, columns as `COLUMNS`.
         init_sigma: What unit noise is multiplied by to start from noise alone.
-        image_scale: `a` of `x_start = a*latents + b*noise` at the first step that is run.
-        noise_scale: `b` of it.
+        levels: float64 `(N, 2)`: `a` and `b` of `x = a*latents + b*noise` before each of them.
     """
 
     table: Array
     init_sigma: float
-    image_scale: float
-    noise_scale: float
+    levels: Array
 
 
 def solve(name: Scheduler, plan: Plan) -> Solution:
@@ -91,7 +89,7 @@ def _euler(plan: Plan) -> Solution:
     top = float(grid.sigmas.max())
     # A leading grid stops short of pure noise, so diffusers starts with the image's variance too.
     init = float(np.hypot(top, 1.0)) if plan.config.timestep_spacing == "leading" else top
-    return Solution(table, init, 1.0, float(sigma[0]))
+    return Solution(table, init, np.stack([np.ones_like(sigma), sigma], axis=1))
 
 
 def _dpmpp_2m(plan: Plan) -> Solution:
@@ -118,7 +116,7 @@ def _dpmpp_2m(plan: Plan) -> Solution:
             f"strength: expected at least one step to run, got one that leaves out {start} of the "
             f"{len(table)} steps that this model's lambda_min_clipped allows"
         )
-    return Solution(table[start:].copy(), 1.0, float(alpha[start]), float(noise[start]))
+    return Solution(table[start:].copy(), 1.0, np.stack([alpha, noise], axis=1)[start:-1])
 
 
 def _ends_in_first_order(config: ScheduleConfig, steps: int) -> bool:
@@ -157,7 +155,7 @@ def _ddim(plan: Plan) -> Solution:
     pull = np.sqrt(np.maximum(1.0 - abar_next - deviation**2, 0.0)) / noise
     p, q = _data_prediction(config.prediction_type, alpha, noise)
     table = _table(times, 1.0, p, q, pull, np.sqrt(abar_next) - pull * alpha, 0.0, deviation)
-    return Solution(table, 1.0, float(alpha[0]), float(noise[0]))
+    return Solution(table, 1.0, np.stack([alpha, noise], axis=1))
 
 
 def _lcm(plan: Plan) -> Solution:
@@ -184,7 +182,7 @@ def _lcm(plan: Plan) -> Solution:
     p, q = _data_prediction(config.prediction_type, alpha, noise)
     p, q = skip + out * p, out * q
     table = _table(times, 1.0, p, q, 0.0, np.sqrt(abar_next), 0.0, np.sqrt(1.0 - abar_next))
-    return Solution(table, 1.0, float(alpha[0]), float(noise[0]))
+    return Solution(table, 1.0, np.stack([alpha, noise], axis=1))
 
 
 def _data_prediction(kind: str, alpha: Array, noise: Array) -> tuple[Array, Array]:

@@ -33,6 +33,10 @@ class EngineSpec:
         widths: smallest and largest width that was built.
         zero_empty_negative: see `conditions.encode`.
         adapters: names and scales of what was fused into the weights.
+        controlnets: names of its ControlNets.
+        residuals: of an engine that has any: the shapes of what they give for a row, by name.
+        inpainting: the UNet takes a mask and the latents of what it keeps beside the noisy ones.
+        backend: who runs it.
     """
 
     name: str
@@ -47,6 +51,10 @@ class EngineSpec:
     widths: tuple[int, int]
     zero_empty_negative: bool = False
     adapters: Mapping[str, float] = field(default_factory=dict)
+    controlnets: Sequence[str] = ()
+    residuals: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    inpainting: bool = False
+    backend: str = ""
 
     def resolve(self, request: Request, *, ports: bool = False) -> Request:
         """The request with its size filled in, if this engine can answer it.
@@ -56,8 +64,9 @@ class EngineSpec:
             ports: whether the engine has adapter ports.
 
         Raises:
-            InvalidRequest: a size that no engine of this model has.
-            NotBuilt: a size or an adapter that this engine was not built for.
+            InvalidRequest: a size that no engine of this model has, or no picture with a mask for
+                an inpainting model.
+            NotBuilt: a size, an adapter or a ControlNet that this engine was not built for.
         """
         request = request.resolved(*self.default_size)
         for name, limits in (("height", self.heights), ("width", self.widths)):
@@ -74,6 +83,16 @@ class EngineSpec:
                 )
         if request.adapters and not ports:
             raise NotBuilt(f"adapters {sorted(request.adapters)}: {NO_PORTS}")
+        if unknown := sorted(set(request.controls) - set(self.controlnets)):
+            has = ", ".join(self.controlnets) or "none"
+            raise NotBuilt(
+                f"control: this engine has no ControlNet {', '.join(unknown)} (it has: {has}); "
+                "build one that has with `heatsink build MODEL -o ENGINE --controlnet NAME=FOLDER`"
+            )
+        if self.inpainting and request.mask_digest is None:
+            raise InvalidRequest(
+                "mask: expected an image and a mask, since this is an inpainting model"
+            )
         return request
 
     def latent_shape(self, request: Request) -> tuple[int, int, int]:

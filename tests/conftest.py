@@ -116,12 +116,92 @@ def sdxl_onnx_engine(sdxl_onnx_folder: Path) -> Any:
     return heatsink.load(sdxl_onnx_folder, threads=1)
 
 
-def build_engine(model: Path, out: Path, backend: str) -> Path:
+@pytest.fixture(scope="session")
+def sd1_ported_folder(
+    tiny_sd1: Path, sd1_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """`sd1_folder` with ports for 3 adapters of rank 4. Don't change it."""
+    import heatsink
+
+    out = tmp_path_factory.mktemp("engines") / "ported"
+    heatsink.build(tiny_sd1, out, batch=(1, 2, 4), adapters=(3, 4), reuse=[sd1_folder])
+    return out
+
+
+@pytest.fixture(scope="session")
+def sd1_styles(tiny_sd1: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Five LoRA files of rank 3, each on every second layer of UNet and text encoder."""
+    import torch
+
+    from heatsink.runtime.adapter_delta import AdapterDelta
+    from heatsink.runtime.adapter_targets import Targets
+    from heatsink.runtime.adapter_write import write_adapter
+    from heatsink.runtime.model import Model
+
+    targets, folder = Targets.of(Model.open(tiny_sd1)), tmp_path_factory.mktemp("styles")
+    found = {}
+    for seed, name in enumerate("ABCDE"):
+        draw, deltas = torch.Generator().manual_seed(seed), []
+        for component in ("text_encoder", "unet"):
+            for module, shape in sorted(targets.shapes[component].items())[seed % 2 :: 2]:
+                a = torch.randn(3, *shape[1:], generator=draw) / 10
+                b = torch.randn(shape[0], 3, generator=draw) / 10
+                deltas.append(AdapterDelta(component, module, a, b, 0.5))
+        found[name] = folder / f"{name}.safetensors"
+        write_adapter(found[name], deltas)
+    return found
+
+
+@pytest.fixture(scope="session")
+def sd1_styled_engine(sd1_ported_folder: Path, sd1_styles: dict[str, Path]) -> Any:
+    """The tiny engine with ports and the styles A to E."""
+    import heatsink
+
+    opened = heatsink.load(sd1_ported_folder, threads=1)
+    for name, path in sd1_styles.items():
+        opened.add_adapter(name, path)
+    return opened
+
+
+def build_engine(model: Path, out: Path, backend: str, **options: Any) -> Path:
     """Build the small engine that tests of the runtime share."""
     import heatsink
 
-    heatsink.build(model, out, backend=backend, batch=(1, 2, 4))
+    heatsink.build(model, out, backend=backend, batch=(1, 2, 4), **options)
     return out
+
+
+@pytest.fixture(scope="session")
+def sd1_controlnets(tiny_sd1: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two ControlNets for the tiny SD1 model, by name. Don't change them."""
+    folder = tmp_path_factory.mktemp("controlnets")
+    return {
+        name: write_tiny_controlnet(tiny_sd1, folder / name, seed)
+        for seed, name in enumerate(("lines", "depth"))
+    }
+
+
+@pytest.fixture(scope="session")
+def sdxl_controlnets(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A ControlNet for the tiny SDXL model, by name. Don't change it."""
+    folder = tmp_path_factory.mktemp("controlnets") / "lines"
+    return {"lines": write_tiny_controlnet(tiny_sdxl, folder, 2)}
+
+
+def write_tiny_controlnet(model: Path, folder: Path, seed: int) -> Path:
+    """Write a ControlNet with random weights for a model's UNet and return its folder."""
+    import torch
+    from diffusers import ControlNetModel, UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(model / "unet")
+    torch.manual_seed(seed)
+    net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 8, 8, 16))
+    with torch.no_grad():
+        # Its last convolutions begin as zeros.
+        for parameter in net.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    net.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

@@ -49,6 +49,18 @@ def test_before_and_after_a_pass() -> None:
     assert found["before"]["total"]["flops"] == 2 * smaller["before"]["total"]["flops"]
 
 
+def test_what_leaves_the_loop() -> None:
+    found = _json("unet", "--phases", "--rows", "2")["phases"]
+    assert list(found) == ["request", "schedule", "step"]
+    whole = _json("unet", "--rows", "2")["graph"]["total"]
+    assert sum(part["flops"] for part in found.values()) == whole["flops"]
+    assert all(0 < part["launches"] <= part["nodes"] for part in found.values())
+    table = _show("unet", "--phases")
+    assert "once a schedule" in table
+    with pytest.raises(InvalidRequest, match="leave --diff out"):
+        _show("unet", "--phases", "--diff", "all")
+
+
 def test_the_table_says_what_went_and_what_came() -> None:
     table = _show("text_encoder", "--diff", "all")
     assert "text_encoder · 1 row · before and after all" in table

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,11 +107,50 @@ def _list_lora(root: Path) -> list[str]:
     return [*swaps, *mixed, f"banks of {', '.join(map(str, settings.slots))} slots"]
 
 
+def _latency_runs(seconds: float | None = None) -> dict[str, Any]:
+    from heatsink.benchmarks.latency_run import Asked
+
+    return {
+        config: Asked(config=config, device="cuda", rows=(1, 2, 4, 8, 16), seconds=seconds)
+        for config in ("sd15", "sdxl")
+    }
+
+
+def _latency(context: Context, keep: Callable[[Any], None]) -> None:
+    from heatsink.benchmarks import latency_run
+
+    found: dict[str, Any] = {}
+    ends = time.monotonic() + context.seconds
+    configs = list(_latency_runs())
+    for place, config in enumerate(configs):
+        # What the first leaves of its part, the second has.
+        seconds = (ends - time.monotonic()) / (len(configs) - place)
+        results = latency_run.bench(
+            _latency_runs(seconds)[config],
+            keep=lambda results, config=config: keep({**found, config: results.as_dict()}),  # type: ignore[misc] # mypy sees no types in a default
+        )
+        found[config] = results.as_dict()
+        keep(found)
+        latency_run.write(results, context.folder, f"latency-{config}")
+
+
+def _list_latency(root: Path) -> list[str]:
+    from heatsink.benchmarks.latency import SYSTEMS
+
+    lines = []
+    for config, asked in _latency_runs().items():
+        wanted = asked.wanted()
+        counts = ", ".join(f"{level} {list(each)}" for level, each in wanted.counts.items())
+        lines.append(f"{config}, {' and '.join(wanted.precisions)}: {counts}")
+    return [*lines, f"systems: {', '.join(SYSTEMS)}"]
+
+
 WORKERS = {
     "tests": Worker(gpu_tests.run, gpu_tests.listing),
     "tuning": Worker(_tune, _list_tuning),
     "kernels": Worker(_bench, _list_bench),
     "lora": Worker(_lora, _list_lora),
+    "latency": Worker(_latency, _list_latency),
 }
 
 
@@ -143,6 +183,13 @@ STAGES = (
         1.0,
         worker_command("lora"),
         ("triton", "diffusers", "peft"),
+    ),
+    Stage(
+        "latency",
+        "whole systems on SD1.5 and SDXL at equal precision",
+        3.0,
+        worker_command("latency"),
+        ("diffusers", "triton"),
     ),
 )
 

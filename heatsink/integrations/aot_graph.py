@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from heatsink.runtime.graph.graph import PATH_KEY, WEIGHT_KEY, Graph, TensorSpec
 from heatsink.runtime.graph.passes.edit import argument
-from heatsink.runtime.graph.weight import COMPUTED, Origin, Weight
+from heatsink.runtime.graph.weight import COMPUTED, IDENTITY, Origin, Weight
 
 # What torch.compile writes between the names of modules.
 _SCAFFOLD = frozenset({"L", "G", "__dict__", "_modules", "_parameters", "_buffers"})
@@ -137,10 +137,10 @@ def convert(
     holders = [node for node in graph.nodes if node.op == "placeholder"]
     lifted = [node for node in holders if WEIGHT_KEY in node.meta]
     for node in lifted:
-        _hold(graph, node, node.meta[WEIGHT_KEY], _constant(gm, node.meta[WEIGHT_KEY]))
+        _hold(graph, node, node.meta[WEIGHT_KEY], _constant(gm, node.meta[WEIGHT_KEY]), COMPUTED)
     for index, node in zip(tensors, [n for n in holders if n not in lifted], strict=True):
         if given[index].weight:
-            _hold(graph, node, given[index].name, _reader(weight, index))
+            _hold(graph, node, given[index].name, _reader(weight, index), IDENTITY)
         else:
             name = node.target = f"input_{index}"
             node._rename(name)
@@ -166,11 +166,13 @@ def _constant(gm: fx.GraphModule, name: str) -> Callable[[], Tensor]:
     return lambda: value
 
 
-def _hold(graph: Graph, node: fx.Node, name: str, source: Callable[[], Tensor]) -> None:
+def _hold(
+    graph: Graph, node: fx.Node, name: str, source: Callable[[], Tensor], transform: str
+) -> None:
     value = node.meta["val"]
     node.meta[WEIGHT_KEY] = name
     graph.weights[name] = Weight(tuple(int(s) for s in value.shape), value.dtype, source, name)
-    graph.origins[name] = [Origin(name, None, COMPUTED)]
+    graph.origins[name] = [Origin(name, None, transform)]
 
 
 def _drop_unused(graph: Graph) -> None:

@@ -2,8 +2,9 @@
 
 `aot_autograd` lowers what torch.compile traced to ATen operators; they are put together to those
 that the passes know (`runtime/graph/passes/compose.py`), and become one program for each set of
-sizes. Parameters and buffers are used where they lie; one that changes between calls is copied in
-from then on, like any other argument. A graph that can't be a program (random numbers, writes,
+sizes. Programs hold parameters and buffers in forms of their own: one that was written to is read
+again, and one that is another tensor than before is copied in from then on, like any other
+argument. A graph that can't be a program (random numbers, writes,
 control flow, sizes that depend on data, several devices) runs as it was lowered, and a warning says
 so and why. A graph that needs a gradient is refused.
 """
@@ -26,10 +27,14 @@ from heatsink.integrations.aot_graph import (
     convert,
     obstacle,
 )
+from heatsink.integrations.watch import Seen
 from heatsink.runtime.errors import HeatsinkError, InvalidRequest, NotBuilt
+from heatsink.runtime.graph.graph import Graph
 from heatsink.runtime.graph.passes.compose import compose_operators
-from heatsink.runtime.graph.passes.pipeline import PASSES_ONNX
+from heatsink.runtime.graph.passes.pipeline import PASSES_NATIVE
+from heatsink.runtime.graph.symbols import symbolic_inputs
 from heatsink.runtime.native.component import NativeComponent, Workspace
+from heatsink.runtime.native.shared_weights import SharedWeights
 
 _log = logging.getLogger(__name__)
 
@@ -92,6 +97,12 @@ def _as_it_is(gm: fx.GraphModule, why: str) -> Callable[..., Any]:
     return run
 
 
+def trace_anew(graph: Graph) -> tuple[Graph, bool]:
+    """Give every node a traced value of one kind: torch.compile's and capture's don't mix."""
+    symbolic_inputs(graph)
+    return graph, False
+
+
 class Lowered:
     """A lowered graph: a program for each set of sizes, on one arena.
 
@@ -104,8 +115,10 @@ class Lowered:
     def __init__(self, gm: fx.GraphModule, given: Sequence[Argument]) -> None:
         self._gm = gm
         self._given = list(given)
-        self._weights: dict[int, tuple[Tensor, int]] = {}
+        self._weights: dict[int, Seen] = {}
         self._workspace: Workspace | None = None
+        # Programs of several sizes share their weights.
+        self._shared: SharedWeights | None = None
         self._plain: Callable[..., Any] | None = None
         self._lock = threading.RLock()
         self.programs: dict[tuple[int, ...], tuple[Converted, NativeComponent]] = {}
@@ -130,33 +143,39 @@ class Lowered:
             return self._run(*found, values)
 
     def _watch_weights(self, values: Sequence[Any]) -> None:
-        """Hold the weights; one that is another than before, or was written to, is an input."""
-        changed = False
+        """Hold the weights; one that was written to is read again, another one is an input."""
+        others, written = False, set()
         for index, argument in enumerate(self._given):
             if not argument.weight:
                 continue
-            value = values[index]
-            version = 0 if value.is_inference() else value._version
+            value: Tensor = values[index]
             held = self._weights.get(index)
-            if held is not None and (held[0] is not value or held[1] != version):
+            # Nothing counts what is written into inference tensors.
+            if value.is_inference() or (held is not None and held.tensor is not value):
                 self._given[index] = Argument(argument.name, False)
-                changed = True
-            self._weights[index] = value, version
-        if changed:
+                others = True
+            elif held is None or held.changed:
+                written.add(argument.name)
+                self._weights[index] = Seen(value)
+        if others:
             self.programs.clear()
+        for _, component in self.programs.values():
+            component.reload(written)
 
     def _find(self, values: Sequence[Any]) -> tuple[Converted, NativeComponent]:
         sizes = tuple(int(value) for value in values if not isinstance(value, Tensor))
         if sizes not in self.programs:
-            converted = convert(self._gm, self._given, values, lambda i: self._weights[i][0])
+            converted = convert(self._gm, self._given, values, lambda i: self._weights[i].tensor)
             if self._workspace is None:
                 tensors = (value for value in values if isinstance(value, Tensor))
                 self._workspace = Workspace(next(tensors).device)
+                self._shared = SharedWeights(self._workspace.device)
             component = NativeComponent(
                 converted.graph,
                 device=self._workspace.device,
-                passes=(compose_operators, *PASSES_ONNX),
+                passes=(compose_operators, trace_anew, *PASSES_NATIVE),
                 workspace=self._workspace,
+                weights=self._shared,
             )
             # Built now, so that what does not work shows here.
             component.program(1)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from heatsink.integrations.replacement import Replacement, Spaces
+from heatsink.integrations.programs import Spaces
+from heatsink.integrations.replacement import Replacement
 from heatsink.integrations.text import TextEncoder
 from heatsink.integrations.unet import ControlNet, UNet
 from heatsink.integrations.vae import Autoencoder
@@ -118,6 +119,21 @@ def restore(pipe: Any) -> list[str]:
     return done
 
 
+def refresh(pipe: Any) -> list[str]:
+    """Read the weights of what `optimize` replaced again; returns the components' names.
+
+    Needed only after a write that PyTorch does not count: through `.data`, NumPy or other memory of
+    a weight, by a kernel of one's own, or into weights made under `torch.inference_mode()`.
+    """
+    done = []
+    for name in COMPONENTS:
+        module = getattr(pipe, name, None)
+        if isinstance(module, Replacement):
+            module.refresh()
+            done.append(name)
+    return done
+
+
 def _precision(given: str | torch.dtype | None) -> torch.dtype | None:
     dtype = PRECISIONS.get(given) if isinstance(given, str) else given
     if given is not None and dtype not in PRECISIONS.values():
@@ -159,6 +175,11 @@ def _check_state(name: str, module: nn.Module) -> None:
             raise InvalidRequest(
                 f"{name}: PEFT adapters are loaded ({type(part).__name__}); "
                 "unload_lora_weights() first"
+            )
+        if part._forward_hooks or part._forward_pre_hooks:
+            raise InvalidRequest(
+                f"{name}: a hook changes what {type(part).__name__} computes, adapters by prompt "
+                "for one; remove it first"
             )
         if isinstance(part, nn.Dropout) and part.training and part.p > 0:
             raise InvalidRequest(f"{name}: in training mode with dropout; eval() first")

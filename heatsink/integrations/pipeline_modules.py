@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from heatsink.integrations.replacement import Replacement
 from heatsink.runtime.adapter_keys import file_path
 from heatsink.runtime.adapter_targets import Targets
 from heatsink.runtime.errors import AdapterError
@@ -33,6 +34,8 @@ def networks_of(pipe: Any) -> dict[str, nn.Module]:
     for name in COMPONENTS:
         module = getattr(pipe, name, None)
         module = getattr(module, "_orig_mod", module)
+        # Programs read the original's weights again when they change.
+        module = module.original if isinstance(module, Replacement) else module
         kinds = {base.__name__ for base in type(module).__mro__}
         if isinstance(module, nn.Module) and kinds & _CLASSES:
             found[name] = module

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import copy
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from heatsink.integrations.captured import EXACT, Wrapper
+from heatsink.integrations.programs import Programs, Spaces
 from heatsink.runtime.errors import InvalidRequest
-from heatsink.runtime.graph.capture import capture_module
-from heatsink.runtime.graph.graph import BATCH, Graph, TensorSpec
-from heatsink.runtime.graph.passes.pipeline import PASSES_ONNX
-from heatsink.runtime.native.component import NativeComponent, Workspace
+from heatsink.runtime.graph.graph import Graph
 
-MAX_GRAPHS = 8
-"""Captured graphs that a module keeps, one for each set of shapes; the oldest in use goes."""
+_log = logging.getLogger(__name__)
 
-# Times, sizes and tokens keep their dtype whatever the network computes in.
-_EXACT = {"input_ids": torch.int64, "timestep": torch.float32, "time_ids": torch.float32}
 # How a pipeline reads them is no question of the network's: the original answers.
 _ANSWERED = frozenset(
     {
@@ -34,55 +29,26 @@ _ANSWERED = frozenset(
         "num_parameters",
     }
 )
-
-
-class Live(Mapping[str, Tensor]):
-    """A module's parameters and buffers by name, each looked up when it is asked for.
-
-    They may be moved or cast after a graph was captured.
-    """
-
-    def __init__(self, module: nn.Module, names: Sequence[str], get: Callable[[str], Tensor]):
-        self._module, self._names, self._get = module, dict.fromkeys(names), get
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._get(name).detach()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
-class Spaces:
-    """The workspaces of a pipeline's modules, one a device."""
-
-    def __init__(self) -> None:
-        self._held: dict[torch.device, Workspace] = {}
-        self._lock = threading.Lock()
-
-    def on(self, device: torch.device) -> Workspace:
-        """The workspace of a device."""
-        with self._lock:
-            return self._held.setdefault(device, Workspace(device))
+# What the libraries note on a module that PEFT has adapters in.
+_PEFT_NOTES = frozenset({"peft_config", "_hf_peft_config_loaded"})
 
 
 class Replacement(nn.Module):
-    """Stands in a pipeline for `original`, whose weights it uses where they lie.
+    """Stands in a pipeline for `original`, whose weights it computes with.
 
     Every set of input shapes is captured when it is first met, and each batch size becomes a
-    program. `.to(...)` reaches the original, and what was built on its old weights is dropped. What
-    the captured network can't do is refused; nothing falls back to the original but what a
-    subclass says.
+    program. `.to(...)` reaches the original, and what was built on its old weights is read again,
+    as after any write that PyTorch counts. What the captured network can't do is refused; nothing
+    falls back to the original but what a subclass says, and a network with adapters of PEFT's.
 
     Attributes:
         original: the very module that `heatsink.restore` puts back.
+        kept: names of the original's that it answers.
+        changing: names of the original's methods that may change its weights in ways unseen.
     """
 
     kept: frozenset[str] = frozenset()
+    changing: frozenset[str] = frozenset()
     # Whatever class of a library it is of.
     original: Any
 
@@ -94,10 +60,9 @@ class Replacement(nn.Module):
         self.original = original
         # By this and the class, pipelines write down which library a module is of.
         self.__module__ = type(original).__module__
-        self._component, self._spaces, self._precision = component, spaces, precision
-        self._graphs: OrderedDict[Any, Graph] = OrderedDict()
-        self._components: dict[Any, NativeComponent] = {}
-        self._guard = threading.RLock()
+        self._component, self._precision = component, precision
+        self._programs = Programs(original, spaces)
+        self._told = False
 
     # Pipelines ask `isinstance(controlnet, ControlNetModel)`, and save by the class they find.
     @property  # type: ignore[misc]  # as `unittest.mock` does with a spec
@@ -110,8 +75,10 @@ class Replacement(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             original = self.__dict__.get("_modules", {}).get("original")
-        if original is not None and (name in _ANSWERED or name in self.kept):
+        if original is not None and name in _ANSWERED | _PEFT_NOTES | self.kept:
             return getattr(original, name)
+        if original is not None and name in self.changing:
+            return self._followed(getattr(original, name))
         if original is not None and hasattr(original, name):
             raise AttributeError(
                 f"{self._component}: {type(original).__name__}.{name} is not available while "
@@ -119,14 +86,36 @@ class Replacement(nn.Module):
             )
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _PEFT_NOTES:
+            setattr(self.original, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in _PEFT_NOTES:
+            delattr(self.original, name)
+        else:
+            super().__delattr__(name)
+
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The original's, with the original's names."""
         return self.original.state_dict(*args, **kwargs)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Load into the original; what was built on its weights is dropped."""
+        """Load into the original; what was built on its weights is read again."""
         found = self.original.load_state_dict(*args, **kwargs)
-        self._drop()
+        self._programs.look()
+        return found
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """The original and its submodules, with the original's names."""
+        found: Iterator[tuple[str, nn.Module]] = self.original.named_modules(*args, **kwargs)
+        return found
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """The original's."""
+        found: nn.Module = self.original.get_submodule(target)
         return found
 
     def train(self, mode: bool = True) -> Replacement:
@@ -136,18 +125,28 @@ class Replacement(nn.Module):
         return self
 
     def graphs(self) -> list[Graph]:
-        """The graphs captured until now, the last used at the end."""
-        with self._guard:
-            return list(self._graphs.values())
+        """The graphs captured until now, after the passes; the last used at the end."""
+        return self._programs.graphs
+
+    def refresh(self) -> None:
+        """Read every weight again: one was written in a way that PyTorch does not count."""
+        self._programs.refresh()
+
+    def _followed(self, method: Any) -> Any:
+        @functools.wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return method(*args, **kwargs)
+            finally:
+                # PEFT writes through `.data`.
+                self.refresh()
+
+        return call
 
     def _apply(self, fn: Any, recurse: bool = True) -> Replacement:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch gives it no types
-        self._drop()
+        self._programs.look()
         return self
-
-    def _drop(self) -> None:
-        with self._guard:
-            self._components.clear()
 
     def _refuse(self, **given: Any) -> None:
         """Raise InvalidRequest for the first argument that is not None."""
@@ -162,7 +161,7 @@ class Replacement(nn.Module):
     def _compute(
         self,
         kind: str,
-        wrapper: Callable[[nn.Module], nn.Module],
+        wrapper: Wrapper,
         inputs: Mapping[str, Tensor],
         outputs: Sequence[str],
     ) -> dict[str, Tensor]:
@@ -170,44 +169,45 @@ class Replacement(nn.Module):
 
         Args:
             kind: the graph's name; one for each wrapper.
-            wrapper: makes of a copy on meta a module that takes the inputs in order and returns a
-                tuple.
+            wrapper: how its arguments are given.
             inputs: by name; the first dimension of each is the row.
             outputs: names of what is returned.
         """
+        ours = self._programs.look()
         self._check(inputs)
-        own: torch.dtype = self.original.dtype
-        dtype = self._precision or own
-        shapes = tuple((name, tuple(value.shape[1:])) for name, value in inputs.items())
-        key = (kind, dtype, shapes)
-        with self._guard:
-            graph = self._graphs.get(key)
-            if graph is None:
-                graph = self._capture(kind, wrapper, dict(shapes), outputs, dtype)
-                self._graphs[key] = graph
-            self._graphs.move_to_end(key)
-            while len(self._graphs) > MAX_GRAPHS:
-                self._components.pop(self._graphs.popitem(last=False)[0], None)
-            component = self._components.get(key)
-            if component is None:
-                device = torch.device(self.original.device)
-                component = NativeComponent(
-                    graph, device=device, passes=PASSES_ONNX, workspace=self._spaces.on(device)
-                )
-                self._components[key] = component
-        found = component.run(inputs)
+        if not ours:
+            return self._as_it_is(wrapper, inputs, outputs)
+        own = self._programs.dtype
+        found = self._programs.run(kind, wrapper, inputs, outputs, self._precision or own)
         return {name: value.to(own) for name, value in found.items()}
 
+    def _as_it_is(
+        self, wrapper: Wrapper, inputs: Mapping[str, Tensor], outputs: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """Run the original: with every choice of PEFT's adapters it is another network."""
+        if not self.changing:
+            raise InvalidRequest(f"{self._component}: has adapters of PEFT's; unload them first")
+        if not self._told:
+            _log.warning(
+                "heatsink: the %s has adapters of PEFT's and runs as PyTorch has it until they are "
+                "fused and unloaded; heatsink.adapters(pipe) needs no such step",
+                self._component,
+            )
+            self._told = True
+        with torch.no_grad():
+            values = wrapper(self.original)(*inputs.values())
+        return dict(zip(outputs, values, strict=True))
+
     def _check(self, inputs: Mapping[str, Tensor]) -> None:
-        own, device = self.original.dtype, torch.device(self.original.device)
+        own, device = self._programs.dtype, self._programs.device
         if torch.is_autocast_enabled(device.type):
             raise InvalidRequest(
                 f"{self._component}: autocast does not reach a captured network; "
                 "heatsink.optimize(pipe, precision=...) chooses what it computes in"
             )
         for name, value in inputs.items():
-            want = _EXACT.get(name, own)
-            if value.dtype != want and (name not in _EXACT or name == "input_ids"):
+            want = EXACT.get(name, own)
+            if value.dtype != want and (name not in EXACT or name == "input_ids"):
                 raise InvalidRequest(
                     f"{self._component}: input {name!r} wants {want}, got {value.dtype}"
                 )
@@ -219,41 +219,3 @@ class Replacement(nn.Module):
                 raise InvalidRequest(
                     f"{self._component}: input {name!r} requires a gradient; inference only"
                 )
-
-    def _capture(
-        self,
-        kind: str,
-        wrapper: Callable[[nn.Module], nn.Module],
-        shapes: Mapping[str, tuple[int, ...]],
-        outputs: Sequence[str],
-        dtype: torch.dtype,
-    ) -> Graph:
-        original = self.original
-        parameters = [name for name, _ in original.named_parameters(remove_duplicate=False)]
-        buffers = [name for name, _ in original.named_buffers(remove_duplicate=False)]
-        specs = {
-            name: TensorSpec((BATCH, *shape), _EXACT.get(name, dtype))
-            for name, shape in shapes.items()
-        }
-        return capture_module(
-            kind,
-            wrapper(on_meta(original, dtype)),
-            Live(original, parameters, original.get_parameter),
-            Live(original, buffers, original.get_buffer),
-            specs,
-            outputs,
-            dtype=dtype,
-        )
-
-
-def on_meta(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy on meta that computes in `dtype`; no weight is copied."""
-    memo: dict[int, Any] = {}
-    for parameter in module.parameters():
-        empty = torch.empty_like(parameter, device="meta")
-        memo[id(parameter)] = nn.Parameter(empty, requires_grad=False)
-    for buffer in module.buffers():
-        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    made: nn.Module = copy.deepcopy(module, memo)
-    # `nn.Module`'s own: the libraries' ask whether the module was loaded in another precision.
-    return nn.Module.to(made, dtype=dtype)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from heatsink.integrations.prompt_rows import PromptRows
+from heatsink.integrations.replacement import Replacement
 from heatsink.kernels.lora_rows import lora_rows
 from heatsink.runtime.adapter_delta import AdapterDelta
 from heatsink.runtime.errors import AdapterError, InvalidRequest
@@ -183,6 +184,11 @@ def _remove(handles: list[Any]) -> None:
 
 def _refuse_compiled(pipe: Any, modules: Mapping[str, nn.Module]) -> None:
     for component, module in modules.items():
+        if isinstance(getattr(pipe, component), Replacement):
+            raise AdapterError(
+                f"the {component} is optimised, and its program has no place for adapters by"
+                " prompt: merge one choice for all prompts, or heatsink.restore(pipe) first"
+            )
         compiled = any(
             getattr(part, "_compiled_call_impl", None) is not None for part in module.modules()
         )

@@ -32,6 +32,12 @@ class TextEncoder(Replacement):
 
     # `clip_skip` puts the last normalisation after an earlier layer itself.
     kept = frozenset({"text_model", "final_layer_norm", "get_input_embeddings"})
+    changing = frozenset(
+        {
+            "load_adapter", "add_adapter", "set_adapter", "delete_adapter", "disable_adapters",
+            "enable_adapters", "active_adapters",
+        }
+    )  # fmt: skip
 
     def forward(
         self,

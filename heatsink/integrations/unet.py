@@ -6,48 +6,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from heatsink.integrations.replacement import Replacement
 from heatsink.runtime.errors import InvalidRequest
+from heatsink.runtime.graph import denoisers
+from heatsink.runtime.graph.denoisers import ADDED, residual_names
 
-_DOWN, _MID = "down_residual_", "mid_residual"
-_ADDED = ("text_embeds", "time_ids")
-
-
-class _Network(nn.Module):
-    """The library's module, its arguments given in order by the names they have here."""
-
-    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
-        super().__init__()
-        self.model = model
-        self.names = tuple(names)
-
-    def arguments(self, values: Sequence[Tensor]) -> dict[str, Any]:
-        """The keyword arguments of the library's `forward`."""
-        given = dict(zip(self.names, values, strict=True))
-        down = tuple(given.pop(name) for name in self.names if name.startswith(_DOWN))
-        added = {name: given.pop(name) for name in _ADDED if name in given}
-        if added:
-            # The model joins it with float32 sinusoids, which promotes it; not every exporter does.
-            added["text_embeds"] = added["text_embeds"].to(torch.float32)
-        arguments: dict[str, Any] = {**given, "added_cond_kwargs": added or None}
-        if _MID in given:
-            del arguments[_MID]
-            arguments["down_block_additional_residuals"] = down
-            arguments["mid_block_additional_residual"] = given[_MID]
-        return arguments
-
-
-class _UNetNetwork(_Network):
-    def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
-        return (self.model(**self.arguments(values), return_dict=False)[0],)
-
-
-class _ControlNetwork(_Network):
-    def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
-        down, mid = self.model(**self.arguments(values), return_dict=False)
-        return (*down, mid)
+_ADAPTERS = frozenset(
+    {
+        "load_lora_adapter", "unload_lora", "fuse_lora", "unfuse_lora", "set_adapters",
+        "set_adapter", "add_adapter", "delete_adapters", "disable_lora", "enable_lora",
+        "disable_adapters", "enable_adapters", "active_adapters",
+        "save_lora_adapter",
+    }
+)  # fmt: skip
 
 
 class UNet(Replacement):
@@ -55,6 +28,7 @@ class UNet(Replacement):
 
     # SDXL's pipelines read from it how many conditions the network wants.
     kept = frozenset({"add_embedding"})
+    changing = _ADAPTERS
 
     def forward(
         self,
@@ -101,10 +75,9 @@ class UNet(Replacement):
                 "residuals are not supported"
             )
         if down is not None and mid is not None:
-            inputs |= {f"{_DOWN}{index}": value for index, value in enumerate(down)}
-            inputs[_MID] = mid
+            inputs |= zip(residual_names(len(down)), [*down, mid], strict=True)
         names = list(inputs)
-        out = self._compute("unet", lambda model: _UNetNetwork(model, names), inputs, ("out",))[
+        out = self._compute("unet", lambda model: denoisers.UNet(model, names), inputs, ("out",))[
             "out"
         ]
         if not return_dict:
@@ -116,6 +89,8 @@ class UNet(Replacement):
 
 class ControlNet(Replacement):
     """Stands for a ControlNetModel."""
+
+    changing = _ADAPTERS
 
     def forward(
         self,
@@ -152,9 +127,9 @@ class ControlNet(Replacement):
             **added_inputs(self._component, self.original.config, added_cond_kwargs),
         }
         names, count = list(inputs), len(self.original.controlnet_down_blocks)
-        outputs = [*(f"{_DOWN}{index}" for index in range(count)), _MID]
+        outputs = residual_names(count)
         found = self._compute(
-            "controlnet", lambda model: _ControlNetwork(model, names), inputs, outputs
+            "controlnet", lambda model: denoisers.ControlNet(model, names), inputs, outputs
         )
         values = [found[name] for name in outputs]
         scales: Any = [conditioning_scale] * len(values)
@@ -191,7 +166,7 @@ def added_inputs(
     Raises:
         InvalidRequest: one is missing, or one was given that the network does not have.
     """
-    wanted = _ADDED if config.addition_embed_type == "text_time" else ()
+    wanted = ADDED if config.addition_embed_type == "text_time" else ()
     given = {name: value for name, value in (added or {}).items() if value is not None}
     if set(given) != set(wanted):
         raise InvalidRequest(

@@ -32,6 +32,7 @@ from heatsink.kernels.reference.positions import (
 from heatsink.kernels.reference.products import (
     conv2d,
     linear,
+    lora_linear,
 )
 from heatsink.kernels.reference.steps import (
     guided_step,
@@ -48,6 +49,7 @@ __all__ = [
     "guided_step",
     "layer_norm",
     "linear",
+    "lora_linear",
     "lora_merge",
     "lora_rows",
     "noise_word",

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from heatsink.kernels.reference.adapters import lora_rows
 
 Array = npt.NDArray[Any]
 
@@ -49,6 +52,26 @@ def linear(
     if sample_add is not None:
         y = y + sample_add.reshape(len(x), *[1] * (x.ndim - 2), -1)
     y = _activate(y, activation)
+    return y if residual is None else y + residual
+
+
+def lora_linear(
+    x: Array,
+    weight: Array,
+    bias: Array | None,
+    a: Array,
+    b: Array,
+    slots: Sequence[Sequence[int]],
+    scales: Array,
+    *,
+    ranks: Sequence[int] | None = None,
+    residual: Array | None = None,
+    sample_add: Array | None = None,
+    activation: str = "",
+) -> Array:
+    """`act(x W^T + bias + sample_add + terms) + residual` of float64 `(R, ..., K)`."""
+    y = linear(x, weight, bias, sample_add=sample_add)
+    y = _activate(lora_rows(y, x, a, b, slots, scales, ranks=ranks), activation)
     return y if residual is None else y + residual
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,9 @@ from heatsink.runtime.backends.session import Array
 from heatsink.runtime.errors import EngineMismatch, InvalidRequest, ResourceError
 from heatsink.runtime.graph.graph import Graph
 from heatsink.runtime.graph.serial import graph_from_json
-from heatsink.runtime.native.component import NativeComponent, Workspace
+from heatsink.runtime.native.component import Workspace
+from heatsink.runtime.native.phased import PhasedComponent
+from heatsink.runtime.native.values import Key
 from heatsink.runtime.weights import open_safetensors
 
 # PyTorch has no type for it on a CPU.
@@ -52,6 +54,7 @@ class NativeSession:
         workspace: the memory of the engine's components, which run one after the other.
         largest: rows that will be run at once, at most: memory is planned for them.
         threads: of the operators; 0 takes PyTorch's setting.
+        held: inputs that are read where they are, as `NativeComponent` takes them.
     """
 
     def __init__(
@@ -62,11 +65,14 @@ class NativeSession:
         *,
         largest: int = 1,
         threads: int = 0,
+        held: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.name = name
         self.inputs, self.outputs = list(graph.inputs), list(graph.outputs)
         self._threads = threads
-        self._component = NativeComponent(graph, device=workspace.device, workspace=workspace)
+        self._component = PhasedComponent(
+            graph, device=workspace.device, workspace=workspace, held=held
+        )
         with _no_memory(f"open {name} for {largest} rows"):
             self._component.reserve(largest)
 
@@ -78,15 +84,50 @@ class NativeSession:
                 with, or of another shape.
             ResourceError: the memory did not suffice; the session can still be used.
         """
+        self._check_names(inputs)
+        return self._run(self._component, inputs)
+
+    def prepare(self, inputs: Mapping[str, Array], timesteps: Sequence[Array]) -> None:
+        """Compute ahead what the rows' request and schedule decide; see `PhasedComponent`."""
+        self._prepare(inputs, timesteps)
+
+    def forget(self) -> None:
+        """Let go of what is kept of earlier runs."""
+        self._component.forget()
+
+    def _check_names(self, inputs: Mapping[str, Array]) -> None:
         if set(inputs) != set(self.inputs):
             raise InvalidRequest(
                 f"{self.name} takes the inputs {sorted(self.inputs)}, got {sorted(inputs)}"
             )
-        given = {name: torch.from_numpy(np.asarray(value)) for name, value in inputs.items()}
-        shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
-        with _no_memory(f"run {self.name} on {shapes}"), _threads(self._threads):
-            found = self._component.run(given)
+
+    def _run(
+        self,
+        component: PhasedComponent,
+        inputs: Mapping[str, Array],
+        keys: Mapping[str, Sequence[Key]] | None = None,
+    ) -> dict[str, Array]:
+        with _no_memory(f"run {self.name} on {_shapes(inputs)}"), _threads(self._threads):
+            found = component.run(_tensors(inputs), keys)
         return {name: _array(value) for name, value in found.items()}
+
+    def _prepare(
+        self,
+        inputs: Mapping[str, Array],
+        timesteps: Sequence[Array],
+        keys: Mapping[str, Sequence[Key]] | None = None,
+    ) -> None:
+        times = [torch.from_numpy(each) for each in timesteps]
+        with _no_memory(f"prepare {self.name} for {_shapes(inputs)}"), _threads(self._threads):
+            self._component.prepare(_tensors(inputs), times, keys)
+
+
+def _shapes(inputs: Mapping[str, Array]) -> str:
+    return ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
+
+
+def _tensors(inputs: Mapping[str, Array]) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(np.asarray(value)) for name, value in inputs.items()}
 
 
 def _array(value: Tensor) -> Array:

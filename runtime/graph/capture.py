@@ -13,7 +13,13 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 
 from heatsink.runtime.errors import NotBuilt
-from heatsink.runtime.graph.components import INTERFACES, TextLayer, input_dtype, input_names, wrap
+from heatsink.runtime.graph.components import (
+    TextLayer,
+    input_dtype,
+    input_names,
+    output_names,
+    wrap,
+)
 from heatsink.runtime.graph.graph import BATCH, Graph, TensorSpec
 from heatsink.runtime.graph.naming import checkpoint_names, set_paths, set_weights
 
@@ -35,7 +41,8 @@ def capture(
     """Capture a component of a diffusion pipeline.
 
     Args:
-        component: one of `components.INTERFACES`; its contract is documented with its wrapper.
+        component: one of `components.INTERFACES`, or a ControlNet's; its contract is documented
+            with its wrapper.
         module: the library's module, on meta (its parameters are never read); it is not changed.
         weights: the checkpoint by name; a tensor is asked for when the graph's weight is loaded.
         buffers: values of what is no checkpoint parameter.
@@ -56,13 +63,13 @@ def capture(
     names = input_names(component, example_shapes)
     # A copy on meta costs no memory and leaves the caller's module as it is.
     inner = nn.Module.to(copy.deepcopy(module), device="meta", dtype=dtype)
-    wrapper = wrap(component, inner, text_layer)
+    wrapper = wrap(component, inner, text_layer, names)
     own = {name: value for name, value in module.named_buffers() if not value.is_meta}
     buffers = {**own, **(buffers or {})}
     specs = {
         name: TensorSpec(tuple(example_shapes[name]), input_dtype(name, dtype)) for name in names
     }
-    outputs = INTERFACES[component].outputs
+    outputs = output_names(component, inner)
     return capture_module(component, wrapper, weights, buffers, specs, outputs, dtype=dtype)
 
 

@@ -9,12 +9,23 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from heatsink.runtime.components import kind_of
 from heatsink.runtime.errors import NotBuilt
+from heatsink.runtime.graph.denoisers import (
+    ADDED,
+    SCALE,
+    ControlNet,
+    Shape,
+    UNet,
+    refuse_unknown_control,
+    residual_names,
+    residual_shapes,
+    residuals_among,
+    unet_inputs,
+)
 from heatsink.runtime.graph.graph import BATCH
 
 TextLayer = Literal["last", "penultimate"]
-Shape = tuple[int | str, ...]
-
 LOGVAR_RANGE = (-30.0, 20.0)
 
 
@@ -30,8 +41,10 @@ class Interface:
 INTERFACES: dict[str, Interface] = {
     "text_encoder": Interface(("input_ids",), ("hidden",)),
     "text_encoder_2": Interface(("input_ids",), ("hidden", "pooled")),
-    "unet": Interface(
-        ("sample", "timestep", "encoder_hidden_states"), ("out",), ("text_embeds", "time_ids")
+    "unet": Interface(("sample", "timestep", "encoder_hidden_states"), ("out",), ADDED),
+    # Its outputs are the residuals: how many, its configuration says.
+    "controlnet": Interface(
+        ("sample", "timestep", "encoder_hidden_states", "controlnet_cond", SCALE), (), ADDED
     ),
     "vae_decoder": Interface(("latents",), ("image",)),
     "vae_encoder": Interface(("image",), ("mean", "std")),
@@ -59,35 +72,6 @@ class TextEncoder(nn.Module):
         last = self.layer == "last"
         hidden = result.last_hidden_state if last else result.hidden_states[-2]
         return (hidden, result.text_embeds) if self.pooled else (hidden,)
-
-
-class UNet(nn.Module):
-    """sample (B, C, h, w), timestep (B,), encoder_hidden_states (B, T, D) -> out (B, C, h, w).
-
-    SDXL's conditions, text_embeds (B, P) and time_ids (B, 6), follow where the model has them.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self,
-        sample: Tensor,
-        timestep: Tensor,
-        encoder_hidden_states: Tensor,
-        text_embeds: Tensor | None = None,
-        time_ids: Tensor | None = None,
-    ) -> tuple[Tensor, ...]:
-        """Predict from the noisy latents."""
-        added = None
-        if text_embeds is not None:
-            # The model joins it with float32 sinusoids, which promotes it; not every exporter does.
-            added = {"text_embeds": text_embeds.to(torch.float32), "time_ids": time_ids}
-        result = self.model(
-            sample, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False
-        )
-        return (result[0],)
 
 
 class VaeDecoder(nn.Module):
@@ -132,24 +116,35 @@ def _latent_scale(config: Any) -> tuple[float, float]:
     return float(config.scaling_factor), float(getattr(config, "shift_factor", None) or 0.0)
 
 
-def wrap(component: str, module: Any, text_layer: TextLayer | None = None) -> nn.Module:
+def wrap(
+    component: str,
+    module: Any,
+    text_layer: TextLayer | None = None,
+    names: Sequence[str] | None = None,
+) -> nn.Module:
     """The component's wrapper around `module`, which becomes its attribute `model`.
 
     Args:
-        component: one of `INTERFACES`.
-        module: CLIPTextModel, CLIPTextModelWithProjection, UNet2DConditionModel or AutoencoderKL.
+        component: one of `INTERFACES`, or a ControlNet's, `controlnet_NAME`.
+        module: CLIPTextModel, CLIPTextModelWithProjection, UNet2DConditionModel, ControlNetModel or
+            AutoencoderKL.
         text_layer: which hidden states a text encoder gives. SDXL wants the penultimate of both;
             the default is the last for `text_encoder`, the penultimate for `text_encoder_2`.
+        names: of a UNet or a ControlNet: its inputs in order; what the module needs if None.
 
     Raises:
         NotBuilt: the component is unknown.
     """
+    component = kind_of(component)
     if component == "text_encoder":
         return TextEncoder(module, text_layer or "last", pooled=False)
     if component == "text_encoder_2":
         return TextEncoder(module, text_layer or "penultimate", pooled=True)
     if component == "unet":
-        return UNet(module)
+        return UNet(module, names or unet_inputs(module.config))
+    if component == "controlnet":
+        own = (*unet_inputs(module.config), "controlnet_cond", SCALE)
+        return ControlNet(module, names or own)
     if component == "vae_decoder":
         return VaeDecoder(module)
     if component == "vae_encoder":
@@ -163,8 +158,11 @@ def input_names(component: str, shapes: Mapping[str, Sequence[int | str]]) -> tu
     Raises:
         ValueError: a shape is missing or belongs to no input.
     """
+    component = kind_of(component)
     interface = INTERFACES[component]
     names = interface.inputs + tuple(n for n in interface.optional if n in shapes)
+    if component == "unet":
+        names += residuals_among(shapes)
     if set(names) != set(shapes):
         raise ValueError(
             f"example_shapes of {component} must name {list(interface.inputs)} "
@@ -173,35 +171,53 @@ def input_names(component: str, shapes: Mapping[str, Sequence[int | str]]) -> tu
     return names
 
 
+def output_names(component: str, module: Any) -> tuple[str, ...]:
+    """The names of what the component's wrapper returns, in order."""
+    kind = kind_of(component)
+    if kind == "controlnet":
+        return residual_names(len(module.controlnet_down_blocks))
+    return INTERFACES[kind].outputs
+
+
 def input_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     """The dtype of an input of a component that computes in `dtype`."""
     # Times and sizes become sinusoids: half precision would round them first.
-    exact = {"input_ids": torch.int64, "timestep": torch.float32, "time_ids": torch.float32}
+    exact = {"input_ids": torch.int64}
+    exact |= dict.fromkeys(("timestep", "time_ids", SCALE), torch.float32)
     return exact.get(name, dtype)
 
 
 def input_shapes(
-    component: str, config: Mapping[str, Any], *, height: int, width: int, text_length: int = 77
+    component: str,
+    config: Mapping[str, Any],
+    *,
+    height: int,
+    width: int,
+    text_length: int = 77,
+    controlled: bool = False,
 ) -> dict[str, Shape]:
     """The shapes of a component's inputs for images of one size.
 
     Args:
-        component: one of `INTERFACES`.
+        component: one of `INTERFACES`, or a ControlNet's, `controlnet_NAME`.
         config: the module's configuration (`module.config` of diffusers and transformers works).
-        height: of the *latents* for `unet` and `vae_decoder`, of the image for `vae_encoder`.
+        height: of the *latents* for `unet`, `controlnet` and `vae_decoder`, of the image for
+            `vae_encoder`.
         width: likewise.
         text_length: tokens of a prompt.
+        controlled: a UNet gets inputs for a ControlNet's residuals.
 
     Raises:
-        NotBuilt: a UNet takes conditions besides these.
+        NotBuilt: a UNet or a ControlNet takes conditions besides these.
     """
+    component = kind_of(component)
     if component.startswith("text_encoder"):
         return {"input_ids": (BATCH, text_length)}
     if component == "vae_decoder":
         return {"latents": (BATCH, config["latent_channels"], height, width)}
     if component == "vae_encoder":
         return {"image": (BATCH, config["in_channels"], height, width)}
-    _refuse_unknown_conditions(config)
+    _refuse_unknown_conditions(component, config)
     shapes: dict[str, Shape] = {
         "sample": (BATCH, config["in_channels"], height, width),
         "timestep": (BATCH,),
@@ -211,11 +227,19 @@ def input_shapes(
         times = 6 * config["addition_time_embed_dim"]
         shapes["text_embeds"] = (BATCH, config["projection_class_embeddings_input_dim"] - times)
         shapes["time_ids"] = (BATCH, 6)
+    if component == "controlnet":
+        refuse_unknown_control(config)
+        # Its embedding of the picture goes down by half for each of these but the last.
+        factor = 2 ** (len(config.get("conditioning_embedding_out_channels") or (0,) * 4) - 1)
+        shapes["controlnet_cond"] = (BATCH, 3, factor * height, factor * width)
+        shapes[SCALE] = (BATCH,)
+    if controlled:
+        shapes |= residual_shapes(config, shapes["sample"])
     return shapes
 
 
-def _refuse_unknown_conditions(config: Mapping[str, Any]) -> None:
-    """Refuse a UNet with conditions that no input carries: it would run without them, unnoticed."""
+def _refuse_unknown_conditions(component: str, config: Mapping[str, Any]) -> None:
+    """Refuse conditions that no input carries: the network would run without them, unnoticed."""
     known = {"addition_embed_type": (None, "text_time")}
     for key in (
         "addition_embed_type",
@@ -225,4 +249,4 @@ def _refuse_unknown_conditions(config: Mapping[str, Any]) -> None:
     ):
         value = config.get(key)
         if value not in known.get(key, (None,)):
-            raise NotBuilt(f"unet: {key} {value!r} is not supported yet")
+            raise NotBuilt(f"{component}: {key} {value!r} is not supported yet")

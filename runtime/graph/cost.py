@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from heatsink.runtime.graph.graph import Graph
+from heatsink.runtime.graph.graph import WEIGHT_KEY, Graph
 from heatsink.runtime.graph.passes.edit import argument, operator, traced
 
 # Operators that move nothing: their results are their inputs' memory.
@@ -31,7 +31,8 @@ class Cost:
         nodes: how many.
         flops: multiplications and additions of matrix products, convolutions and attention; what
             other operators compute is not counted.
-        bytes: of their inputs and outputs, each counted once a node; 0 for views.
+        bytes: of their inputs and outputs, each counted once a node; 0 for views. What a port reads
+            of a bank, and what it multiplies, depends on the rows' adapters: neither is counted.
     """
 
     nodes: int = 0
@@ -44,13 +45,48 @@ class Cost:
 
 def costs(graph: Graph, rows: int) -> dict[str, Cost]:
     """The cost of each operator of a graph for a batch of `rows`, the dearest first."""
-    sizes = _Sizes(graph, rows)
+    each = NodeCosts(graph, rows)
     found: defaultdict[str, Cost] = defaultdict(Cost)
     for node in graph.nodes:
         if node.op == "call_function":
-            found[operator(node) or _name(node)] += _cost(node, sizes)
+            found[operator(node) or _name(node)] += each.of(node)
     order = sorted(found, key=lambda name: (-found[name].flops, -found[name].bytes, name))
     return {name: found[name] for name in order}
+
+
+def launches(graph: Graph) -> int:
+    """Operations that are run: those that are no view, no size and no constant."""
+    fixed: set[fx.Node] = set()
+    count = 0
+    for node in graph.nodes:
+        if node.op == "placeholder" and WEIGHT_KEY in node.meta:
+            fixed.add(node)
+        if node.op != "call_function":
+            continue
+        sources = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+        if all(source in fixed for source in sources):
+            fixed.add(node)
+        elif operator(node) and operator(node) not in VIEWS:
+            count += 1
+    return count
+
+
+class NodeCosts:
+    """What single nodes of a graph cost for a batch of `rows`."""
+
+    def __init__(self, graph: Graph, rows: int) -> None:
+        self._sizes = _Sizes(graph, rows)
+
+    def of(self, node: fx.Node) -> Cost:
+        """The node's cost."""
+        return _cost(node, self._sizes)
+
+    def shape(self, node: fx.Node) -> list[int]:
+        """The shape of a node's tensor."""
+        value = traced(node)
+        if value is None:
+            raise ValueError(f"node: expected one that gives a tensor, got {node}")
+        return self._sizes.shape(value)
 
 
 def total(by_operator: dict[str, Cost]) -> Cost:
@@ -91,7 +127,8 @@ def _cost(node: fx.Node, sizes: _Sizes) -> Cost:
         return Cost(nodes=1)
     counted = _FLOPS.get(name)
     flops = 0 if counted is None else counted(node, sizes)
-    inputs = sum(sizes.bytes(source.meta.get("val")) for source in node.all_input_nodes)
+    read = [argument(node, each) for each in _READ[name]] if name in _READ else node.all_input_nodes
+    inputs = sum(sizes.bytes(each.meta.get("val")) for each in read if isinstance(each, fx.Node))
     return Cost(1, flops, inputs + sizes.bytes(node.meta.get("val")))
 
 
@@ -102,7 +139,7 @@ def _weighted(node: fx.Node, sizes: _Sizes) -> int:
     assert out is not None
     channels = sizes.shape(weight)
     places = math.prod(sizes.shape(out))
-    if operator(node) == "heatsink.linear" and argument(node, "activation") == "geglu":
+    if argument(node, "activation") == "geglu":
         places *= 2
     return 2 * places * math.prod(channels[1:])
 
@@ -123,12 +160,18 @@ def _matmul(node: fx.Node, sizes: _Sizes) -> int:
     return 2 * math.prod(sizes.shape(out)) * sizes.shape(left)[-1]
 
 
+# Of ports, without the bank.
+_READ = {
+    "heatsink.row_port": ("y", "x"),
+    "heatsink.port_linear": ("x", "weight", "bias", "residual", "sample_add"),
+}
 _FLOPS: dict[str, Callable[[fx.Node, _Sizes], int]] = {
     "aten.linear": _weighted,
     "aten.conv1d": _weighted,
     "aten.conv2d": _weighted,
     "aten.conv3d": _weighted,
     "heatsink.linear": _weighted,
+    "heatsink.port_linear": _weighted,
     "heatsink.conv2d": _weighted,
     "aten.scaled_dot_product_attention": _attention,
     "heatsink.attention": _attention,

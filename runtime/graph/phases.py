@@ -3,7 +3,7 @@ it changes.
 
 A node's phase follows from the inputs that its *data* depends on, found along the graph's edges:
 
-    request   prompt, sizes, adapters: once a request
+    request   prompt, sizes, adapters, a ControlNet's picture: once a request
     schedule  timesteps: once a schedule
     both      once a request, batched over its steps
     step      latents: every step
@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from heatsink.runtime.graph.denoisers import SCALE
 from heatsink.runtime.graph.graph import (
     BATCH,
     INPUT_KEY,
@@ -54,6 +55,8 @@ _REQUEST_INPUTS = {
     "encoder_hidden_states",
     "text_embeds",
     "time_ids",
+    "controlnet_cond",
+    SCALE,
     SLOTS_INPUT,
     SCALES_INPUT,
 }
@@ -91,6 +94,20 @@ class Phases:
             made[phase] = graph.run(given, **options)
         return made[Phase.STEP]
 
+    def dependences(self) -> dict[Phase, dict[str, set[str]]]:
+        """By phase and output, the inputs of the whole graph that its data depends on."""
+        found: dict[Phase, dict[str, set[str]]] = {}
+        # In order: what is handed over was found before.
+        for phase, graph in self.graphs.items():
+            handed = self.sources[phase]
+            found[phase] = {
+                output: set().union(
+                    *(found[handed[n]][n] if n in handed else {n} for n in sorted(names))
+                )
+                for output, names in _data_inputs(graph).items()
+            }
+        return found
+
 
 def split(graph: Graph) -> Phases:
     """The component's graphs by phase; together they compute what `graph` does.
@@ -123,6 +140,18 @@ def _node_phases(graph: Graph) -> dict[fx.Node, Phase | None]:
             if not _is_data(node):
                 phases[node] = None
     return phases
+
+
+def _data_inputs(graph: Graph) -> dict[str, set[str]]:
+    """The inputs that the data of every output depends on."""
+    known: dict[fx.Node, set[str]] = {}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            known[node] = set() if WEIGHT_KEY in node.meta else {input_name(node)}
+        elif node.op == "call_function":
+            sources = [known[source] for source in node.all_input_nodes if _is_data(source)]
+            known[node] = set().union(*sources) if _is_data(node) else set()
+    return {n: known[node] for n, node in zip(graph.outputs, graph.output_nodes(), strict=True)}
 
 
 def _join(found: set[Phase | None]) -> Phase | None:

@@ -91,8 +91,14 @@ def _linear(
     sample_add: Tensor | None,
     activation: str,
 ) -> Tensor:
-    y = _modulate(functional.linear(x, weight, bias), None, sample_add, -1)
-    y = _activate(y, activation)
+    return finish(functional.linear(x, weight, bias), sample_add, activation, residual)
+
+
+def finish(
+    y: Tensor, sample_add: Tensor | None, activation: str, residual: Tensor | None
+) -> Tensor:
+    """What `heatsink::linear` does with its product and bias."""
+    y = _activate(_modulate(y, None, sample_add, -1), activation)
     return (y if residual is None else y + residual).contiguous()
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+import heatsink.runtime.graph.row_port_op  # noqa: F401 - a graph may name its ops
 from heatsink.runtime.errors import EngineMismatch, NotBuilt
 from heatsink.runtime.graph.graph import (
     BATCH,
@@ -176,20 +177,20 @@ class _Reader:
     def _add(self, name: str, kind: str, target: Any, *rest: Any) -> None:
         if kind in ("input", "weight"):
             # A placeholder's target must be an identifier, an input's name need not be.
-            node = self._fx.placeholder(name if kind == "weight" else target.replace(".", "_"))
+            called = name if kind == "weight" else target.replace(".", "_")
+            node = self._fx.create_node("placeholder", called, name=name)
             node.meta[WEIGHT_KEY if kind == "weight" else INPUT_KEY] = target
         elif kind == "output":
             (result,) = self._decode(target)
-            node = self._fx.output(result)
+            node = self._fx.create_node("output", "output", (result,), name=name)
         else:
             args, kwargs, path = rest
-            node = self._fx.call_function(
-                _target(target),
-                self._decode(args),
-                {key: self._decode(item) for key, item in kwargs.items()},
+            given = {key: self._decode(item) for key, item in kwargs.items()}
+            # Named later, it would keep a name that another node has.
+            node = self._fx.create_node(
+                "call_function", _target(target), self._decode(args), given, name=name
             )
             node.meta[PATH_KEY] = path
-        node._rename(name)
         self._nodes[name] = node
 
     def _decode(self, value: Any) -> Any:

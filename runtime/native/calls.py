@@ -5,6 +5,9 @@ What a call costs besides its work is measured by `bench/call_overhead.py`.
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Callable
+
 import torch
 
 from heatsink.kernels import _native
@@ -26,6 +29,8 @@ class Calls:
         # A run of recorded calls is one step, whose errors say themselves where they come from.
         self._steps: list[tuple[Step, str | None]] = []
         self._begin = 0
+        # The same, each on its own.
+        self._single: list[Step] = []
 
     @property
     def recorded(self) -> int:
@@ -38,8 +43,10 @@ class Calls:
         recorder = self._recorder
         if recorder is None or not is_ours(step) or not recorder.record(step, label):
             self._steps.append((step, label))
+            self._single.append(step)
             self._begin = self.recorded
             return
+        self._single.append(recorder.replayer(recorder.calls - 1, recorder.calls))
         if self._steps and self._steps[-1][1] is None:
             self._steps.pop()
         self._steps.append((recorder.replayer(self._begin, recorder.calls), None))
@@ -58,3 +65,13 @@ class Calls:
             if label is None:
                 raise
             raise RuntimeError(f"{label}: {error}") from error
+
+    def profile(self, rounds: int, clock: Callable[[], float]) -> list[float]:
+        """The median seconds of each step, by the given clock, as all run in order."""
+        seconds: list[list[float]] = [[] for _ in self._single]
+        for _ in range(rounds):
+            for step, own in zip(self._single, seconds, strict=True):
+                begun = clock()
+                step()
+                own.append(clock() - begun)
+        return [statistics.median(own) for own in seconds]

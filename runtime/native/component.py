@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,9 @@ from heatsink.runtime.graph.passes import run_passes
 from heatsink.runtime.graph.passes.protocol import Pass
 from heatsink.runtime.memory import Plan, plan
 from heatsink.runtime.native.layout import Layout, lay_out
+from heatsink.runtime.native.outs import forget_packed
 from heatsink.runtime.native.program import Arena, Program, check_held
+from heatsink.runtime.native.shared_weights import SharedWeights, made_of
 
 
 class Workspace:
@@ -52,6 +54,20 @@ class Workspace:
         return self.arena
 
 
+def check_inputs(graph: Graph, inputs: Mapping[str, Tensor]) -> None:
+    """See that inputs are what a graph takes; a float may have another width than its own.
+
+    Raises:
+        InvalidRequest: an input is missing, unknown, of another shape or kind.
+    """
+    graph.check_inputs(inputs)
+    for name, spec in graph.inputs.items():
+        if inputs[name].is_floating_point() != spec.dtype.is_floating_point:
+            raise InvalidRequest(
+                f"{graph.component}: input {name!r} wants {spec.dtype}, got {inputs[name].dtype}"
+            )
+
+
 class NativeComponent:
     """Runs a graph at any batch size; several threads may call it.
 
@@ -71,6 +87,7 @@ class NativeComponent:
         passes: Sequence[Pass] = (),
         workspace: Workspace | None = None,
         held: Mapping[str, Tensor] | None = None,
+        weights: SharedWeights | None = None,
     ) -> None:
         """Take the graph; nothing is loaded or built yet.
 
@@ -80,18 +97,25 @@ class NativeComponent:
             passes: run on a copy of the graph first.
             workspace: shared with other components, on the same device; its own by default.
             held: inputs by name that every program reads where they are, an adapter bank's say;
-                they stay the caller's, who gives no others of these names.
+                they stay the caller's, who gives no others of these names. Of one with a row for
+                each of the batch a program reads the first rows; it has as many as the largest
+                batch.
+            weights: shared with graphs of the same module; its own by default.
 
         Raises:
-            ValueError: the workspace is on another device, or a held tensor is not what the graph
-                takes.
+            ValueError: the workspace or the weights are on another device, or a held tensor is not
+                what the graph takes.
         """
         self.workspace = workspace or Workspace(device)
-        if self.workspace.device != torch.device(device):
-            raise ValueError(
-                f"workspace: expected one on {torch.device(device)}, "
-                f"got one on {self.workspace.device}"
-            )
+        self._weights = weights or SharedWeights(device)
+        for name, where in (
+            ("workspace", self.workspace.device),
+            ("weights", self._weights.device),
+        ):
+            if where != torch.device(device):
+                raise ValueError(
+                    f"{name}: expected one on {torch.device(device)}, got one on {where}"
+                )
         self.graph = run_passes(graph, passes)
         self._held = dict(held or {})
         check_held(self.graph, None, self._held, self.workspace.device)
@@ -114,19 +138,57 @@ class NativeComponent:
         """Forget the programs; they are built again when they are next needed."""
         self._programs.clear()
 
+    def reload(self, parameters: Container[str]) -> bool:
+        """Read the weights that are made of these parameters again before the next run.
+
+        Only what they are in is read; the programs are built again, which reads nothing.
+
+        Args:
+            parameters: names that the graph's origins have. What is computed names none.
+
+        Returns:
+            Whether the graph has weights made of them.
+        """
+        with self.workspace.lock:
+            self._weights.forget(parameters)
+            stale = [n for n, parts in self.graph.origins.items() if made_of(parts, parameters)]
+            if stale:
+                self.drop_programs()
+            for name in stale:
+                if name in self._constants:
+                    forget_packed(self._constants.pop(name))
+            return bool(stale)
+
+    @property
+    def held(self) -> Mapping[str, Tensor]:
+        """The inputs that lie in memory of the caller's."""
+        return self._held
+
+    def hold(self, held: Mapping[str, Tensor]) -> None:
+        """Read other held tensors, of the same names, from now on.
+
+        Raises:
+            ValueError: the names differ, or a tensor is not what the graph takes.
+        """
+        if set(held) != set(self._held):
+            raise ValueError(f"held: expected {sorted(self._held)}, got {sorted(held)}")
+        check_held(self.graph, None, held, self.workspace.device)
+        with self.workspace.lock:
+            self.drop_programs()
+            self._held = dict(held)
+
     def program(self, batch: int) -> Program:
         """The program of a batch size; hold `workspace.lock` while you use it."""
         with self.workspace.lock:
             layout, memory = self._planned(batch)
             arena = self.workspace.fit(memory.peak)
             if batch not in self._programs:
-                if not self._constants:
-                    self._constants = self._load()
+                self._load()
                 self._programs[batch] = Program(
                     self.graph,
                     batch,
                     self._constants,
-                    held=self._held,
+                    held=self._held_rows(batch),
                     layout=layout,
                     memory=memory,
                     arena=arena,
@@ -155,28 +217,24 @@ class NativeComponent:
     def _rows(self, inputs: Mapping[str, Tensor]) -> int:
         if twice := sorted(set(inputs) & set(self._held)):
             raise InvalidRequest(f"{self.graph.component}: the inputs {twice} are held already")
-        given = {**inputs, **self._held}
-        self.graph.check_inputs(given)
         rows = 1
-        for name, spec in self.graph.inputs.items():
-            value = given[name]
-            if value.is_floating_point() != spec.dtype.is_floating_point:
-                raise InvalidRequest(
-                    f"{self.graph.component}: input {name!r} wants {spec.dtype}, got {value.dtype}"
-                )
-            if BATCH in spec.shape:
+        for name, value in inputs.items():
+            spec = self.graph.inputs.get(name)
+            if spec is not None and BATCH in spec.shape and value.dim() == len(spec.shape):
                 rows = value.shape[spec.shape.index(BATCH)]
         if rows < 1:
             raise InvalidRequest(f"{self.graph.component}: expected at least 1 row, got {rows}")
+        check_inputs(self.graph, {**inputs, **self._held_rows(rows)})
         return rows
 
-    def _load(self) -> dict[str, Tensor]:
-        device = self.workspace.device
-        with torch.no_grad():
-            return {
-                name: weight.load().detach().to(device)
-                for name, weight in self.graph.weights.items()
-            }
+    def _held_rows(self, batch: int) -> dict[str, Tensor]:
+        """What a program of a batch size reads where it is."""
+        batched = {name for name in self._held if self.graph.inputs[name].shape[:1] == (BATCH,)}
+        return {n: v[:batch] if n in batched else v for n, v in self._held.items()}
+
+    def _load(self) -> None:
+        for name in self.graph.weights.keys() - self._constants.keys():
+            self._constants[name] = self._weights.load(self.graph, name)
 
     def _planned(self, batch: int) -> tuple[Layout, Plan]:
         if batch not in self._plans:

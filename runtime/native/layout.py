@@ -13,8 +13,11 @@ from heatsink.runtime.graph.graph import BATCH, WEIGHT_KEY, Graph, input_name
 from heatsink.runtime.memory import Lifetime
 
 _ITEM = "{}:{}"
+# Operators whose result may lie where their first argument did.
+_IN_PLACE = {"heatsink.row_port.default"}
 _CONV2D = "heatsink.conv2d.default"
-_SIZE = "aten.sym_size.int"
+# Beside it, these read an input of any strides.
+_ANY_STRIDES = {"aten.sym_size.int", "heatsink.row_port.default"}
 _CONVERSION = "aten._to_copy.default"
 
 
@@ -26,6 +29,7 @@ class Layout:
         values: meta tensors (or tuples of them, or numbers) of every node.
         roots: for a tensor's `(node, place)`, the one whose memory it lies in; place 0 for a node
             that gives one tensor.
+        in_place: nodes that change their first argument's memory, which nothing else reads.
         constant: nodes that depend on weights and literals alone.
         held: inputs that lie in memory of the caller's.
         lifetimes: of the roots that the program must hold; constants, weights and what is held are
@@ -34,6 +38,7 @@ class Layout:
 
     values: dict[fx.Node, Any] = field(default_factory=dict)
     roots: dict[tuple[fx.Node, int], tuple[fx.Node, int]] = field(default_factory=dict)
+    in_place: set[fx.Node] = field(default_factory=set)
     constant: set[fx.Node] = field(default_factory=set)
     held: set[fx.Node] = field(default_factory=set)
     lifetimes: list[Lifetime] = field(default_factory=list)
@@ -93,7 +98,7 @@ def _readers(node: fx.Node) -> set[str]:
     for user in node.users:
         name = str(user.target)
         found |= _readers(user) if name == _CONVERSION else {name}
-    return found - {_SIZE}
+    return found - _ANY_STRIDES
 
 
 def _image(value: Tensor) -> Tensor:
@@ -148,7 +153,22 @@ def _find_roots(nodes: Sequence[fx.Node], layout: Layout) -> None:
             continue
         for place, value in enumerate(tensors(layout.values[node])):
             storage = value.untyped_storage()._cdata
+            if _may_change(node, value, layout):
+                layout.in_place.add(node)
+                owners[storage] = layout.roots[node.args[0], 0]  # type: ignore[index]
             layout.roots[node, place] = owners.setdefault(storage, (node, place))
+
+
+def _may_change(node: fx.Node, value: Tensor, layout: Layout) -> bool:
+    """Whether a node's result can lie in its first argument, which nothing reads later."""
+    if str(node.target) not in _IN_PLACE:
+        return False
+    given: Any = node.args[0]
+    if given.op != "call_function" or list(given.users) != [node]:
+        return False
+    before = layout.values[given]
+    owned = layout.roots[given, 0] == (given, 0) or given in layout.in_place
+    return owned and before.dtype == value.dtype and before.stride() == value.stride()
 
 
 def _find_constants(nodes: Sequence[fx.Node], layout: Layout) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 import heatsink.kernels
+from heatsink.runtime.graph.row_port_op import PORT_LINEAR, ROW_PORT
 
 Step = Callable[[], Any]
 MakeStep = Callable[[tuple[Any, ...], Mapping[str, Any], Tensor], Step | None]
@@ -52,6 +53,7 @@ _OTHERS: dict[Any, Any] = {
     aten.sin.default: torch.sin,
     aten.cos.default: torch.cos,
     aten.cat.default: torch.cat,
+    aten.concat.default: torch.cat,
     aten.bmm.default: torch.bmm,
     aten.mm.default: torch.mm,
     aten.addmm.default: torch.addmm,
@@ -99,6 +101,11 @@ def _packed(weight: Tensor, activation: str) -> Tensor:
         _PACKED[weight] = found
     packed: Tensor = found[1]
     return packed
+
+
+def forget_packed(weight: Tensor) -> None:
+    """Pack a weight anew when it is next used: it was written to."""
+    _PACKED.pop(weight, None)
 
 
 def _positional(op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
@@ -162,12 +169,58 @@ def _upsample(args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Tensor) -> 
     return partial(blocks.copy_, x[:, :, :, None, :, None])
 
 
+def _row_port(args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Tensor) -> Step:
+    """The kernel adds to y; the views that it takes are made once."""
+    y, x, slots, scales, a, b, ranks, port, count, kernel, *rest = _positional(
+        ROW_PORT, args, kwargs
+    )
+    stride, padding, dilation, first, part, part_rows, channel = rest
+    rows = slice(port * count, (port + 1) * count)
+    down, up = a[rows], b[rows].narrow(2, part, part_rows)
+    if kernel:
+        # The bank keeps a convolution's inputs behind its taps.
+        down = down.permute(0, 1, 4, 2, 3) if down.dim() == 5 else down[..., None, None]
+    dim = 1 if kernel else x.dim() - 1
+    given = (x, down.narrow(2, channel, x.shape[dim]), up, slots, scales, ranks[rows])
+    geometry = (*stride, *padding, *dilation) if kernel else (1, 1, 0, 0, 1, 1)
+    add: Any = torch.ops.heatsink.lora_rows.default
+    step = partial(add, out.narrow(dim, first, part_rows), *given, *geometry)
+    if y.data_ptr() == out.data_ptr():
+        return step
+
+    def copy_and_add() -> None:
+        out.copy_(y)
+        step()
+
+    return copy_and_add
+
+
+def _port_linear(args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Tensor) -> Step | None:
+    """As `_linear`, with the port's rows of the bank."""
+    x, weight, *rest, port, count = _positional(PORT_LINEAR, args, kwargs)
+    if x.dtype not in _PRODUCTS or x.device.type != "cpu":
+        return None
+    bias, residual, sample_add, activation, slots, scales, *bank = rest
+    rows = slice(port * count, (port + 1) * count)
+    a, b, ranks = (tensor[rows] for tensor in bank)
+    into: Any = torch.ops.heatsink.lora_linear_packed.default
+    product = (x, _packed(weight, activation), bias, residual, sample_add, activation)
+    return partial(into, *product, a, b, slots, scales, ranks, _NO_SCRATCH, out)
+
+
+PACKING = frozenset(
+    {torch.ops.heatsink.linear.default, torch.ops.heatsink.conv2d.default, PORT_LINEAR}
+)
+"""Operators whose step holds another form of their weight, made when the step is."""
+
 OUTS: dict[Any, MakeStep] = {
     **{target: _binary(function) for target, function in _BINARY.items()},
     **{target: _call(function) for target, function in _OTHERS.items()},
     **{getattr(torch.ops.heatsink, name).default: _ours(name) for name in _OURS},
     torch.ops.heatsink.linear.default: _linear,
     torch.ops.heatsink.conv2d.default: _conv2d,
+    ROW_PORT: _row_port,
+    PORT_LINEAR: _port_linear,
     aten.contiguous.default: _copy,
     aten.clone.default: _copy,
     aten.to.dtype: _copy,

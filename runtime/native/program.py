@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from heatsink.runtime.graph.graph import BATCH, WEIGHT_KEY, Graph, input_name, module_path
+from heatsink.runtime.graph.passes.edit import argument
 from heatsink.runtime.memory import Plan, plan
 from heatsink.runtime.native.calls import Calls
 from heatsink.runtime.native.layout import Layout, lay_out, name_of, tensors
-from heatsink.runtime.native.outs import OUTS, unplanned
+from heatsink.runtime.native.outs import OUTS, PACKING, unplanned
 
 
 class Arena:
@@ -57,6 +59,18 @@ def check_held(
             )
 
 
+def _check_strides(name: str, value: Tensor, planned: Tensor) -> None:
+    """See that what is a view in the plan is one of the held tensor too, and no copy made once."""
+    steps = [
+        [step for size, step in zip(each.shape, each.stride(), strict=True) if size > 1]
+        for each in (planned, value)
+    ]
+    if steps[0] != steps[1]:
+        raise ValueError(
+            f"held: expected {name!r} with strides {planned.stride()}, got {value.stride()}"
+        )
+
+
 class Program:
     """One batch size of a component: write `inputs`, `replay`, read `outputs`.
 
@@ -87,7 +101,8 @@ class Program:
             batch: rows.
             constants: the graph's weights by name, on the device.
             held: inputs by name that are read where they are at every replay: memory of the
-                caller's, of the specified shape and dtype, on the device, that stays there.
+                caller's, of the specified shape and dtype and the layout's strides, on the device,
+                that stays there.
             layout: as `lay_out` gives it, for these held inputs.
             memory: the plan of the layout's lifetimes.
             arena: of at least the plan's peak; one of its own by default.
@@ -105,6 +120,7 @@ class Program:
         self.batch = batch
         self.unplanned: list[tuple[str, str]] = []
         self._calls = Calls(self._device)
+        self._nodes: list[fx.Node] = []
         self._values: dict[fx.Node, Any] = {}
         self._storages: dict[tuple[fx.Node, int], Tensor] = {}
         self.inputs: dict[str, Tensor] = {}
@@ -147,6 +163,13 @@ class Program:
         with torch.inference_mode():
             self._calls.run()
 
+    def profile(
+        self, rounds: int = 3, clock: Callable[[], float] = time.perf_counter
+    ) -> list[tuple[fx.Node, float]]:
+        """The node of every call of a replay, in order, with its median seconds over the rounds."""
+        with torch.inference_mode():
+            return list(zip(self._nodes, self._calls.profile(rounds, clock), strict=True))
+
     def _add(self, node: fx.Node, constants: Mapping[str, Tensor]) -> None:
         if node.op == "output":
             return
@@ -157,6 +180,8 @@ class Program:
                 return
             name = input_name(node)
             given = self._held.get(name)
+            if given is not None:
+                _check_strides(name, given, self._layout.values[node])
             self._values[node] = self._place(node, 0) if given is None else given
             self.inputs[name] = self._values[node]
             return
@@ -173,11 +198,12 @@ class Program:
         else:
             out = tuple(self._place(node, place) for place in range(len(tensors(meta))))
         self._values[node] = out
-        make = OUTS.get(target) if isinstance(meta, Tensor) else None
+        make = OUTS.get(target) if isinstance(meta, Tensor) and self._may_pack(node) else None
         step = None if make is None else make(args, kwargs, out)
         if step is None:
             self.unplanned.append((str(target), module_path(node)))
             step = unplanned(target, args, kwargs, out)
+        self._nodes.append(node)
         self._calls.add(step, f"{target} of {module_path(node) or 'the model'}")
 
     def _value(self, value: Any) -> Any:
@@ -185,8 +211,14 @@ class Program:
             return self._values[value]
         return self._device if isinstance(value, torch.device) else value
 
+    def _may_pack(self, node: fx.Node) -> bool:
+        """Whether a product's weight is one that is there before the first replay."""
+        return node.target not in PACKING or argument(node, "weight") in self._layout.constant
+
     def _is_view(self, node: fx.Node) -> bool:
-        """Whether every tensor of the node lies in memory that another node made."""
+        """Whether every tensor of the node is what another node made and left there."""
+        if node in self._layout.in_place:
+            return False
         count = len(tensors(self._layout.values[node]))
         return all(self._layout.roots[node, place][0] is not node for place in range(count))
 

@@ -222,7 +222,10 @@ def test_a_dry_run_lists_what_would_be_done(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"only": ["paint"]}, "--only: expected one of tests, tuning, kernels, lora, got 'paint'"),
+        (
+            {"only": ["paint"]},
+            "--only: expected one of tests, tuning, kernels, lora, latency, got 'paint'",
+        ),
         ({"seconds": 0.0}, "--seconds: expected more than 0, got 0"),
         ({"seconds": float("nan")}, "--seconds: expected more than 0, got nan"),
     ],
@@ -265,7 +268,7 @@ def test_the_exit_code_tells_whether_all_ended_well(
 
 def test_the_registered_stages_are_distinct_and_named_as_files() -> None:
     names = [stage.name for stage in stages.STAGES]
-    assert names == ["tests", "tuning", "kernels", "lora"]
+    assert names == ["tests", "tuning", "kernels", "lora", "latency"]
     assert set(stages.WORKERS) == set(names)
     assert all(stage.weight > 0 for stage in stages.STAGES)
 

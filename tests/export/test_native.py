@@ -21,7 +21,8 @@ from heatsink.export.opening import open_session
 from heatsink.kernels import _native
 from heatsink.runtime.backends.native import NativeSession, read_graph
 from heatsink.runtime.errors import EngineMismatch, InvalidRequest, NotBuilt, ResourceError
-from heatsink.runtime.native.component import NativeComponent, Workspace
+from heatsink.runtime.native.component import Workspace
+from heatsink.runtime.native.phased import PhasedComponent
 
 BATCH = (1, 2, 4)
 NAMES = ["text_encoder", "unet", "vae_decoder", "vae_encoder"]
@@ -195,7 +196,7 @@ def test_memory_that_does_not_suffice_is_told(
     def fail(*_: Any) -> Any:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 1 byte")
 
-    monkeypatch.setattr(NativeComponent, "reserve", fail)
+    monkeypatch.setattr(PhasedComponent, "reserve", fail)
     with pytest.raises(ResourceError, match="to open unet for 4 rows; an engine with a smaller"):
         NativeSession("unet", graph, Workspace(), largest=4)
 
@@ -204,15 +205,26 @@ def test_threads_hold_while_a_component_runs(
     sd1_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    run = NativeComponent.run
+    run = PhasedComponent.run
 
-    def watch(self: NativeComponent, inputs: Any) -> Any:
+    def watch(self: PhasedComponent, *inputs: Any) -> Any:
         seen.append(torch.get_num_threads())
-        return run(self, inputs)
+        return run(self, *inputs)
 
-    monkeypatch.setattr(NativeComponent, "run", watch)
+    monkeypatch.setattr(PhasedComponent, "run", watch)
     before = torch.get_num_threads()
     wanted = 2 if before == 1 else 1
     session = open_session(read_manifest(sd1_folder), sd1_folder, "vae_decoder", threads=wanted)
     session.run({"latents": np.zeros((1, 4, 8, 8), np.float32)})
     assert (seen, torch.get_num_threads()) == ([wanted], before)
+
+
+def test_a_refusal_says_what_is_another_here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = read_manifest(folder).identity
+    assert set(there) == {"instruction_set", "threads", "ops"}
+    found = environment.differences("this", {"torch": "0"}, {**there, "threads": "77"})
+    assert [text.split(":")[0] for text in found] == ["processor", "threads", "torch"]
+    monkeypatch.setattr(environment, "identity", lambda: {**there, "threads": "3"})
+    monkeypatch.setattr(exactness, "row_answers", lambda outputs: ["0" * 16] * 8)
+    with pytest.raises(EngineMismatch, match=r"built with threads: \d+, here 3\)"):
+        heatsink.load(folder, threads=1)

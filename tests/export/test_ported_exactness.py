@@ -61,14 +61,21 @@ def twin(largest: int) -> KnownAnswer:
 
 
 def measured(spoil: Spoil, largest: int = 8) -> tuple[list[int], KnownAnswer, bool]:
-    return measure(FakeSession(spoil), SPECS, LAYOUT, largest, twin(largest))
+    return measure(
+        FakeSession(spoil), SPECS, LAYOUT, exactness.bucket_sizes(largest), twin(largest)
+    )
 
 
 def test_an_exact_graph_runs_with_every_room_and_bucket() -> None:
     session = FakeSession()
     seen: list[tuple[int, int]] = []
     counts, known, agrees = measure(
-        session, SPECS, LAYOUT, 8, twin(8), lambda done, total: seen.append((done, total))
+        session,
+        SPECS,
+        LAYOUT,
+        exactness.bucket_sizes(8),
+        twin(8),
+        lambda done, total: seen.append((done, total)),
     )
     assert counts == list(COUNTS)
     assert known.buckets == [1, 2, 4, 8]
@@ -119,7 +126,7 @@ def test_a_graph_that_adds_a_neighbour_is_found(whole: bool) -> None:
             added = out if whole else out - inputs["x"] * np.float32(1.5)
             return {"out": out + np.roll(added, 1, axis=0)}
 
-    counts, known, agrees = measure(Mixed(), SPECS, LAYOUT, 4, twin(4))
+    counts, known, agrees = measure(Mixed(), SPECS, LAYOUT, [1, 2, 4], twin(4))
     # A row alone is its own neighbour: what is added of its adapters only, it has none of without.
     assert known.buckets == [1]
     assert counts == [1, 2, 4]
@@ -139,11 +146,11 @@ def test_rows_that_differ_where_none_has_an_adapter_are_found() -> None:
             return {"out": out}
 
     # Row 0 has an adapter wherever the probe's rows have theirs.
-    _, known, agrees = measure(Empty(None), SPECS, LAYOUT, 4, twin(4))
+    _, known, agrees = measure(Empty(None), SPECS, LAYOUT, [1, 2, 4], twin(4))
     assert known.buckets == [1, 2, 4]
     assert not agrees
     with pytest.raises(EngineMismatch, match="the same bits at another place and beside other"):
-        measure(Empty(2), SPECS, LAYOUT, 4, twin(4))
+        measure(Empty(2), SPECS, LAYOUT, [1, 2, 4], twin(4))
 
 
 def test_a_graph_that_reads_the_slots_number_is_found() -> None:
@@ -157,7 +164,7 @@ def test_a_graph_that_reads_the_slots_number_is_found() -> None:
 
     # Each run has the adapters in other slots.
     with pytest.raises(EngineMismatch, match="fake: no batch size up to 4 gives a row the same"):
-        measure(Numbered(), SPECS, LAYOUT, 4, twin(4))
+        measure(Numbered(), SPECS, LAYOUT, [1, 2, 4], twin(4))
 
 
 @pytest.mark.parametrize("room", COUNTS)

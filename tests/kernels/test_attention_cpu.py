@@ -88,9 +88,10 @@ def test_many_keys(dtype: torch.dtype, seed: int, within_budget: Any) -> None:
     within_budget(attention(q, k, v), plain(q, k, v), exact(q, k, v))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("keys", [77, 40, 200])
-def test_causal(keys: int, seed: int, within_budget: Any) -> None:
-    q, k, v = inputs((2, 77, keys, 2), 64, torch.float32, seed)
+def test_causal(keys: int, dtype: torch.dtype, seed: int, within_budget: Any) -> None:
+    q, k, v = inputs((2, 77, keys, 2), 64, dtype, seed)
     out = attention(q, k, v, causal=True)
     within_budget(out, plain(q, k, v, causal=True), exact(q, k, v, causal=True))
     # The first query sees one key.
@@ -120,15 +121,16 @@ def test_bias_and_causal(seed: int, within_budget: Any) -> None:
     within_budget(out, plain(q, k, v, hidden), exact(q, k, v, bias, causal=True))
 
 
-def test_hidden_keys(seed: int, within_budget: Any) -> None:
-    q, k, v = inputs((1, 20, 300, 1), 32, torch.float32, seed)
-    bias = torch.zeros(20, 300)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_hidden_keys(dtype: torch.dtype, seed: int, within_budget: Any) -> None:
+    q, k, v = inputs((1, 20, 300, 1), 32, dtype, seed)
+    bias = torch.zeros(20, 300, dtype=dtype)
     bias[0] = -math.inf
     bias[1, :290] = -math.inf  # two whole blocks of keys and a part of the third
     bias[2, 5:] = -math.inf
-    bias[3] = torch.finfo(torch.float32).min
+    bias[3] = torch.finfo(dtype).min
     out = attention(q, k, v, bias=bias)
-    assert torch.equal(out[0, 0], torch.zeros(1, 32))
+    assert torch.equal(out[0, 0], torch.zeros(1, 32, dtype=dtype))
     within_budget(out[0, 3], v[0].mean(0), v[0].double().mean(0).numpy())
     rest = exact(q, k, v, bias)
     within_budget(out[:, 1:3], plain(q, k, v, bias)[:, 1:3], rest[:, 1:3])
@@ -143,8 +145,9 @@ def test_large_scores_do_not_overflow(size: float, seed: int) -> None:
     assert torch.equal(attention(q, k, v)[0], v[0, torch.from_numpy(scores.argmax(1))])
 
 
-def test_nan_stays_with_its_query(seed: int) -> None:
-    q, k, v = inputs((1, 20, 30, 2), 32, torch.float32, seed)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_stays_with_its_query(dtype: torch.dtype, seed: int) -> None:
+    q, k, v = inputs((1, 20, 30, 2), 32, dtype, seed)
     expected = attention(q, k, v)
     q[0, 7, 1, 3] = math.nan
     out = attention(q, k, v)
@@ -168,9 +171,10 @@ def test_rows_are_exact(dtype: torch.dtype, seed: int, row_exact: Any) -> None:
     row_exact(attention, make, rows=("q", "k", "v", "bias"), batches=(*range(1, 18),))
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("causal", [False, True])
-def test_queries_and_heads_are_exact(causal: bool, seed: int) -> None:
-    q, k, v = inputs((2, 330, 200, 5), 24, torch.float32, seed)
+def test_queries_and_heads_are_exact(causal: bool, dtype: torch.dtype, seed: int) -> None:
+    q, k, v = inputs((2, 330, 200, 5), 24, dtype, seed)
     whole = attention(q, k, v, causal=causal)
     for head in (0, 2, 4):
         one = slice(head, head + 1)
@@ -201,9 +205,10 @@ def test_strides_do_not_matter(dtype: torch.dtype, seed: int) -> None:
     assert same_bits(attention(views[0], one, one), attention(views[0], *[one.contiguous()] * 2))
 
 
-def test_threads_do_not_matter(seed: int) -> None:
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_threads_do_not_matter(dtype: torch.dtype, seed: int) -> None:
     cases = [
-        inputs(shape, head_dim, torch.float32, seed)
+        inputs(shape, head_dim, dtype, seed)
         for shape, head_dim in (((1, 700, 130, 1), 40), ((3, 70, 70, 3), 64), ((1, 64, 64, 2), 512))
     ]
     before = torch.get_num_threads()
@@ -218,11 +223,32 @@ def test_threads_do_not_matter(seed: int) -> None:
         assert all(same_bits(a, b) for a, b in zip(outs[0], other, strict=True))
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-def test_half_precision_is_float_inside(dtype: torch.dtype, seed: int) -> None:
-    q, k, v = inputs((2, 40, 150, 2), 37, dtype, seed)
+def test_fp16_is_float_inside(seed: int) -> None:
+    q, k, v = inputs((2, 40, 150, 2), 37, torch.float16, seed)
     wide = attention(q.float(), k.float(), v.float())
-    assert same_bits(attention(q, k, v), wide.to(dtype))
+    assert same_bits(attention(q, k, v), wide.half())
+
+
+def test_weights_are_rounded_to_bf16(seed: int) -> None:
+    # One query, 24 keys: its weights are of one block, and nothing is lost in sums of so few.
+    q, k, v = inputs((1, 1, 24, 1), 32, torch.bfloat16, seed)
+    scores = (q[0, :, 0].double() @ k[0, :, 0].double().mT)[0] / math.sqrt(32)
+    weights = (scores - scores.max()).exp()
+    rounded = weights.float().bfloat16().double()
+    expected = rounded @ v[0, :, 0].double() / weights.sum()
+    out = attention(q, k, v)[0, 0, 0]
+    # Half a unit in the last place, and what the sums and the power lose.
+    torch.testing.assert_close(out.double(), expected, rtol=2.0**-8, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 1e-30, 3.0])
+def test_any_scale(scale: float, seed: int, within_budget: Any) -> None:
+    q, k, v = inputs((1, 40, 150, 2), 16, torch.bfloat16, seed)
+    out = torch.ops.heatsink.attention(q, k, v, scale, False, None)
+    wide = [x.transpose(1, 2).double() for x in (q, k, v)]
+    reference = (scale * wide[0] @ wide[1].mT).softmax(-1) @ wide[2]
+    plain_out = (scale * wide[0] @ wide[1].mT).softmax(-1).bfloat16() @ wide[2].bfloat16()
+    within_budget(out, plain_out.transpose(1, 2), reference.transpose(1, 2).numpy())
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
@@ -231,14 +257,21 @@ def test_every_number_is_read_and_written(dtype: torch.dtype) -> None:
     v = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     v = v.view(256, 1, 4, 64)
     q = torch.ones(256, 1, 4, 64, dtype=dtype)
-    assert torch.equal(attention(q, q, v).nan_to_num(1.5), v.nan_to_num(1.5))
+    expected = v
+    if dtype == torch.bfloat16:
+        # Products of bf16 take subnormals for 0.
+        subnormal = v.float().abs() < torch.finfo(torch.bfloat16).tiny
+        expected = torch.where(subnormal, torch.zeros_like(v), v)
+    assert torch.equal(attention(q, q, v).nan_to_num(1.5), expected.nan_to_num(1.5))
     assert torch.equal(attention(q, q, v).isnan(), v.isnan())
 
 
 def test_rounding_to_half_precision() -> None:
     # Two keys of equal weight: means of neighbours, of which every other one is a tie.
     for dtype in DTYPES[1:]:
-        raw = torch.arange(0, 0x7700, dtype=torch.int32).to(torch.int16).view(dtype)
+        # Of bf16 normal numbers alone, since its products take others for 0.
+        first = 0x100 if dtype == torch.bfloat16 else 0
+        raw = torch.arange(first, first + 0x7700, dtype=torch.int32).to(torch.int16).view(dtype)
         v = torch.stack([raw[:-64], raw[64:]], 0).view(1, 2, 1, -1)[..., : 118 * 256]
         v = v.view(2, -1, 256).permute(1, 0, 2).unsqueeze(2)
         q = torch.zeros(v.shape[0], 1, 1, 256, dtype=dtype)
@@ -251,7 +284,7 @@ import torch
 from heatsink.kernels.attention import attention
 from heatsink.kernels.fingerprint import fingerprint
 digests = []
-for head_dim, causal in ((32, False), (40, True), (150, False)):
+for head_dim, causal in ((32, False), (40, True), (150, False), (7, False)):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         q, k, v = (torch.randn(2, n, 3, head_dim).to(dtype) for n in (50, 150, 150))
         bias = torch.randn(50, 150).to(dtype) if head_dim == 40 else None
@@ -274,8 +307,8 @@ def test_every_instruction_set_gives_the_same_bits(seed: int) -> None:
     flags = Path("/proc/cpuinfo").read_text().split()
     expected = run_with("portable", seed)
     assert expected.returncode == 0, expected.stderr
-    assert len(expected.stdout.split()) == 18
-    for kernel, flag in (("avx2", "avx2"), ("avx512", "avx512vl")):
+    assert len(expected.stdout.split()) == 24
+    for kernel, flag in (("avx2", "avx2"), ("avx512", "avx512vl"), ("amx", "amx_bf16")):
         found = run_with(kernel, seed)
         if flag in flags:
             assert found.stdout == expected.stdout, kernel

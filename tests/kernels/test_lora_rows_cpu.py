@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from heatsink.kernels import _native
 from heatsink.kernels._lora_rows_torch import lora_rows_torch
 from heatsink.kernels._windows import Window
 from heatsink.kernels.lora_rows import lora_rows
+from heatsink.kernels.recorder import Recorder
 
 pytestmark = pytest.mark.skipif(
     not _native.available(), reason=f"needs the C++ extension: {_native.load()}"
@@ -111,3 +113,43 @@ def test_the_op_runs_the_extension(seed: int) -> None:
     lora_rows_torch(other, x, a, b, slots, scales, None, Window())
     assert not torch.equal(y, other)
     torch.testing.assert_close(y, other, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("kernel", [(), (3, 3)], ids=["linear", "3x3"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_bank_may_be_of_another_dtype(dtype: torch.dtype, kernel: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    slots, scales = torch.tensor([[0], [1]]), torch.tensor([[0.5], [2.0]])
+    sizes = (2, 20, 6, 5) if kernel else (2, 11, 20)
+    x = torch.randn(sizes, generator=generator).to(dtype)
+    y = torch.zeros(2, 18, 4, 3, dtype=dtype) if kernel else torch.zeros(2, 11, 18, dtype=dtype)
+    geometry = (1, 1, 0, 0, 1, 1)
+    for other in DTYPES:
+        a = torch.randn((2, 7, 20, *kernel), generator=generator).to(other)
+        b = torch.randn((2, 7, 18), generator=generator).to(other)
+        found, wanted = y.clone(), y.float()
+        torch.ops.heatsink.lora_rows(found, x, a, b, slots, scales, None, *geometry)
+        # All of it is float32 inside, and what is read is exact.
+        wide = (x.float(), a.float(), b.float())
+        torch.ops.heatsink.lora_rows(wanted, *wide, slots, scales, None, *geometry)
+        assert found.any()
+        assert torch.equal(found, wanted.to(dtype))
+
+
+def test_a_recorded_call_is_made_again() -> None:
+    x, y = torch.randn(2, 5, 8), torch.zeros(2, 5, 6)
+    bank, slots = (torch.randn(2, 3, 8), torch.randn(2, 3, 6)), torch.tensor([[1], [-1]])
+    given = (y, x, *bank, slots, torch.ones(2, 1), None, 1, 1, 0, 0, 1, 1)
+    recorder = Recorder()
+    assert recorder.record(partial(torch.ops.heatsink.lora_rows.default, *given), "here")
+    assert not y.any()
+    recorder.replay()
+    assert y[0].any()
+    assert not y[1].any()
+    # What lies in the slots when it is replayed counts, and an error names the call.
+    slots.copy_(torch.tensor([[-1], [0]]))
+    recorder.replay()
+    assert y[1].any()
+    slots[0] = 2
+    with pytest.raises(RuntimeError, match=r"here: .*slots: expected slots of the bank, up to 1"):
+        recorder.replay()

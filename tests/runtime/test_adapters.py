@@ -129,6 +129,41 @@ def test_loads_touch_their_slot_alone_and_nothing_is_allocated_anew() -> None:
     held.release()
 
 
+def test_the_bank_says_each_rows_true_rank() -> None:
+    bank = filled(0, slots=2)
+    bank.add("low", [delta("mid.to_q", 1), delta("mid.conv", RANK)])
+    bank.add("text", [delta("layers.0.fc1", 2, 1.0, "text_encoder")])
+    lasting = {c: {n: t.data_ptr() for n, t in bank.ranks(c).items()} for c in WEIGHTS}
+
+    def ranks(component: str, path: str) -> list[int]:
+        group, place = bank.layouts[component].places()[path]
+        of_group = bank.ranks(component)[f"bank.{group}.ranks"]
+        found: list[int] = of_group.view(-1, 2)[place].tolist()
+        return found
+
+    with bank.acquire({"low": 1.0, "text": 1.0}) as lease:
+        lease.wait()
+    low, text = bank.info("low").slot, bank.info("text").slot
+    assert low is not None
+    assert text is not None
+    assert low != text
+    wanted = [0, 0]
+    wanted[low] = 1
+    assert ranks("unet", "mid.to_q") == wanted
+    assert ranks("unet", "mid.to_k") == [0, 0]
+    assert ranks("text_encoder", "layers.0.fc1")[text] == 2
+    # What an evicted adapter had does not stay.
+    bank.remove("low")
+    bank.add("other", [delta("mid.to_k", 2)])
+    assert use(bank, "other") == [low]
+    assert ranks("unet", "mid.to_q") == ranks("unet", "mid.conv") == [0, 0]
+    assert ranks("unet", "mid.to_k")[low] == 2
+    assert bank.verify(low)
+    bank.ranks("unet")["bank.0.ranks"][low] += 1
+    assert not bank.verify(low)
+    assert lasting == {c: {n: t.data_ptr() for n, t in bank.ranks(c).items()} for c in WEIGHTS}
+
+
 def test_a_slots_digest_is_of_its_bytes(seed: int) -> None:
     torch.manual_seed(seed)
     bank = filled(3)
@@ -331,8 +366,9 @@ def test_a_digest_stands_for_its_name() -> None:
 def test_the_banks_figures() -> None:
     bank = filled(2)
     elements = sum(t.numel() for c in WEIGHTS for t in bank.tensors(c).values())
+    ranks = sum(t.numel() for c in WEIGHTS for t in bank.ranks(c).values())
     stats = bank.stats()
-    assert stats.device_bytes == 4 * elements
+    assert stats.device_bytes == 4 * (elements + ranks)
     # Per port and rank, in the ranks that are used: to_k, to_q and proj in one group, conv.
     assert stats.host_bytes == 2 * 4 * (3 * 2 * (7 + 5) + 4 * (27 + 6))
     assert (stats.slots, stats.used) == (SLOTS, 0)

@@ -325,8 +325,8 @@ BAD: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
         lambda f: (f / UNET).rename(f / "unet/diffusion_pytorch_model.bin"),
         UnsafeFile, "only pickled weights .*diffusion_pytorch_model.bin",
     ),
-    "inpainting": (
-        lambda f: edit_json(f / "unet/config.json", in_channels=9), ModelError, "inpainting",
+    "editing": (
+        lambda f: edit_json(f / "unet/config.json", in_channels=8), ModelError, "editing models",
     ),
 }  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ WORDS = ["red", "cat", "owl", "boat", "tiger", "of glass", "at night", "small", 
 Asked = tuple[Request, Image.Image | None]
 
 
-def draw(rng: random.Random) -> Asked:
+def draw(rng: random.Random, styles: Sequence[str] = ()) -> Asked:
     """A request that may differ from the next in everything a request has."""
     fields: dict[str, Any] = {
         "prompt": " ".join(rng.sample(WORDS, rng.randint(0, 2))),
@@ -35,6 +36,9 @@ def draw(rng: random.Random) -> Asked:
     }
     if rng.random() < 0.3:
         fields["negative_prompt"] = rng.choice(WORDS)
+    if styles and rng.random() < 0.7:
+        names = rng.sample(styles, rng.randint(1, len(styles)))
+        fields["adapters"] = {name: round(rng.uniform(-1.0, 1.0), 2) for name in names}
     image = None
     if rng.random() < 0.25:
         pixels = np.random.default_rng(rng.randrange(1 << 32)).integers(0, 256, (8, 8, 3), np.uint8)
@@ -49,13 +53,14 @@ def digests(engine: Engine, asked: list[Asked]) -> list[str]:
 
 
 @pytest.mark.filterwarnings("ignore::heatsink.runtime.text.PromptTruncated")
-@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+@pytest.mark.parametrize("kind", ["sd1", "sdxl", "sd1_styled"])
 def test_the_same_pixels_alone_and_among_random_neighbours(
     kind: str, request: pytest.FixtureRequest, seed: int
 ) -> None:
     engine: Engine = request.getfixturevalue(f"{kind}_engine")
     rng = random.Random(seed)
-    asked = [draw(rng) for _ in range(COUNT)]
+    # Three of the five: as many as the bank has slots.
+    asked = [draw(rng, sorted(engine.adapters)[:3]) for _ in range(COUNT)]
     alone = [digests(engine, [each])[0] for each in asked]
     assert len(set(alone)) == COUNT
     order = rng.sample(range(COUNT), COUNT)

@@ -221,3 +221,54 @@ def test_digest_ignores_adapter_order_and_survives_json(
 def test_importing_requests_loads_no_torch() -> None:
     code = "import sys, heatsink.runtime.request; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
+
+
+def test_what_steers_and_masks_counts_where_it_is_there() -> None:
+    base: dict[str, Any] = {"prompt": "a", "seed": 7}
+    plain = Request.parse(**base)
+    # Later fields: a request without them has the digest it always had.
+    assert Request.parse(**base, controls={}, mask_digest=None).digest == plain.digest
+    lines, depth = "1" * 64, "2" * 64
+    asked: list[dict[str, Any]] = [
+        {},
+        {"controls": {"lines": {"image_digest": lines}}},
+        {"controls": {"lines": {"image_digest": depth}}},
+        {"controls": {"depth": {"image_digest": lines}}},
+        {"controls": {"lines": {"image_digest": lines, "scale": 0.5}}},
+        {"image_digest": lines, "strength": 0.5},
+        {"image_digest": lines, "strength": 0.5, "mask_digest": depth},
+    ]
+    digests = [Request.parse(**base, **fields).digest for fields in asked]
+    assert len(set(digests)) == len(digests)
+    both = {"lines": {"image_digest": lines}, "depth": {"image_digest": depth, "scale": 1}}
+    first = Request.parse(**base, controls=both)
+    other = Request.parse(**base, controls=dict(reversed(both.items())))
+    assert first.digest == other.digest
+    assert list(first.controls) == list(other.controls) == ["depth", "lines"]
+    assert first.replace(seed=8).controls == first.controls
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"mask_digest": "1" * 64}, "mask: expected an image beside it, got a mask alone"),
+        ({"mask_digest": "1"}, "mask_digest: expected a SHA-256"),
+        (
+            {"controls": {"lines": {"image_digest": "1"}}},
+            r"controls\.lines\.image_digest: expected",
+        ),
+        ({"controls": {"lines": "1" * 64}}, r"controls\.lines: expected up to 4 ControlNets"),
+        ({"controls": {"lines": {"scale": 1.0}}}, r"controls\.lines\.image_digest: expected"),
+        (
+            {"controls": {"lines": {"image_digest": "1" * 64, "scale": float("nan")}}},
+            r"controls\.lines\.scale: expected",
+        ),
+        (
+            {"controls": {str(i): {"image_digest": "1" * 64} for i in range(5)}},
+            "controls: expected up to 4",
+        ),
+    ],
+)
+def test_wrong_controls_and_masks_are_named(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        Request.parse(prompt="a", seed=1, **fields)

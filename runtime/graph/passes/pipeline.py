@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -25,6 +25,8 @@ from heatsink.runtime.graph.passes.precision import lower_precision
 from heatsink.runtime.graph.passes.protocol import Pass, to_fixpoint
 from heatsink.runtime.graph.passes.quantise import quantise_fp8
 from heatsink.runtime.graph.passes.residual_tokens import add_residuals_to_tokens
+from heatsink.runtime.graph.passes.row_ports import ROOM, add_row_ports
+from heatsink.runtime.port_layout import PortLayout
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _CLEAN = to_fixpoint(drop_noop_nodes, fold_scales, remove_dead_code)
@@ -52,6 +54,21 @@ NATIVE: dict[str, Pass] = {
     "finish": to_fixpoint(settle_layouts, drop_noop_nodes, remove_dead_code),
 }
 PASSES_NATIVE: tuple[Pass, ...] = tuple(NATIVE.values())
+
+
+def native_passes(
+    layout: PortLayout | None = None, unused: Collection[str] = (), *, room: int = ROOM
+) -> tuple[Pass, ...]:
+    """The passes of the native engine, with adapter ports at their end.
+
+    Args:
+        layout: of the component's ports; without one these are `PASSES_NATIVE`.
+        unused: modules of the layout that the graph does not use.
+        room: adapters of a row, at most.
+    """
+    if layout is None:
+        return PASSES_NATIVE
+    return (*PASSES_NATIVE, add_row_ports(layout, unused, room=room))
 
 
 def precision_passes(precision: str, high: Sequence[str] = ()) -> tuple[Pass, ...]:

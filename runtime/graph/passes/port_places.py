@@ -18,6 +18,7 @@ from heatsink.runtime.graph.passes.edit import argument, operator
 from heatsink.runtime.graph.weight import IDENTITY, Origin
 
 OPERATORS = ("aten.linear", "aten.conv2d")
+CONVOLUTIONS = ("aten.conv2d", "heatsink.conv2d")
 # A weight in more pieces than a packed projection has is interleaved row by row.
 MAX_BLOCKS = 16
 _FACTOR = re.compile(r"(scale|divide) by (\S+)")
@@ -52,7 +53,10 @@ class Place:
 
 
 def find_places(
-    graph: Graph, outputs: Mapping[str, int], unused: Collection[str] = ()
+    graph: Graph,
+    outputs: Mapping[str, int],
+    unused: Collection[str] = (),
+    operators: Collection[str] = OPERATORS,
 ) -> list[Place]:
     """The operations that use the weights of modules, in the graph's order.
 
@@ -60,6 +64,7 @@ def find_places(
         graph: as captured, or after other passes.
         outputs: the rows of a module's weight, by its path.
         unused: those of them that the graph does not use.
+        operators: what may use a weight.
 
     Raises:
         NotBuilt: a weight is used or was changed in a way that no port can follow, or a module's
@@ -73,7 +78,7 @@ def find_places(
             continue
         own = _blocks(graph, name, origins, outputs)
         for user in holders[name].users:
-            _check_use(graph, name, holders[name], user)
+            _check_use(graph, name, holders[name], user, operators)
             blocks[user] = own
     _check_covered(graph, blocks, outputs, unused)
     return [Place(node, blocks[node]) for node in graph.nodes if node in blocks]
@@ -117,12 +122,14 @@ def _factor(graph: Graph, name: str, origin: Origin) -> float:
     return factor
 
 
-def _check_use(graph: Graph, name: str, holder: fx.Node, user: fx.Node) -> None:
-    if operator(user) not in OPERATORS or user.all_input_nodes.count(holder) != 1:
+def _check_use(
+    graph: Graph, name: str, holder: fx.Node, user: fx.Node, operators: Collection[str]
+) -> None:
+    if operator(user) not in operators or user.all_input_nodes.count(holder) != 1:
         raise _refusal(graph, name, f"it is used by {user.target}")
-    if user.args[1] is not holder:
+    if argument(user, "weight") is not holder:
         raise _refusal(graph, name, f"it is no weight of {user.target}")
-    if operator(user) == "aten.conv2d":
+    if operator(user) in CONVOLUTIONS:
         if argument(user, "groups", 1) != 1:
             raise _refusal(graph, name, f"its convolution has {argument(user, 'groups')} groups")
         if isinstance(argument(user, "padding"), str):

@@ -62,7 +62,7 @@ def add_ports(layout: PortLayout, unused: Collection[str] = ()) -> Pass:
         if not places:
             return graph, False
         for place in places:
-            _check_place(graph, layout, place)
+            check_place(graph, layout, place)
         inputs = _add_inputs(graph, layout)
         for place in places:
             _write(layout, inputs, place)
@@ -71,9 +71,9 @@ def add_ports(layout: PortLayout, unused: Collection[str] = ()) -> Pass:
     return ports
 
 
-def _check_place(graph: Graph, layout: PortLayout, place: Place) -> None:
+def check_place(graph: Graph, layout: PortLayout, place: Place) -> None:
     """See that an operation works on the batch's rows, with weights of the layout's shapes."""
-    source, weight = (traced(value) for value in place.node.args[:2])
+    source, weight = traced(place.node.args[0]), traced(argument(place.node, "weight"))
     assert source is not None
     assert weight is not None
     if str(source.shape[0]) not in _batch_sizes(graph):
@@ -129,10 +129,11 @@ def _add_inputs(graph: Graph, layout: PortLayout) -> dict[str, fx.Node]:
     for name, value in values.items():
         sizes = tuple(s if isinstance(s, int) else names[str(s)] for s in value.shape)
         graph.inputs[name] = TensorSpec(sizes, value.dtype)
-    return {name: _placeholder(graph, name, value) for name, value in values.items()}
+    return {name: placeholder(graph, name, value) for name, value in values.items()}
 
 
-def _placeholder(graph: Graph, name: str, value: Tensor) -> fx.Node:
+def placeholder(graph: Graph, name: str, value: Tensor) -> fx.Node:
+    """An input behind the others; the graph's specification is the caller's to extend."""
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]
     with graph.module.graph.inserting_after(last):
         node = graph.module.graph.placeholder(name.replace(".", "_"))
@@ -168,13 +169,14 @@ def _arguments(
         weight = traced(node.args[1])
         assert weight is not None
         kernel = [int(size) for size in weight.shape[2:]]
-        steps = [_pair(argument(node, name)) for name in ("stride", "padding", "dilation")]
+        steps = [pair(argument(node, name)) for name in ("stride", "padding", "dilation")]
     return (
         *rows, *bank, port, layout.slots, kernel, *steps,
         block.start, block.first, block.rows, block.factor,
     )  # fmt: skip
 
 
-def _pair(value: Any) -> list[int]:
+def pair(value: Any) -> list[int]:
+    """One number or two, for height and width, as two."""
     sizes = [int(size) for size in value] if isinstance(value, list | tuple) else [int(value)]
     return sizes * 2 if len(sizes) == 1 else sizes

@@ -32,6 +32,7 @@ def run_passes(graph: Graph, passes: Sequence[Pass]) -> Graph:
     graph = graph.copy()
     for one in passes:
         graph, _ = _run_checked(one, graph)
+    graph.module.recompile()
     return graph
 
 
@@ -69,8 +70,6 @@ def _run_checked(one: Pass, graph: Graph) -> tuple[Graph, bool]:
         raise HeatsinkError(f"pass {_name(one)}: no module has the paths {sorted(invented)}")
     if invented := _parameters(graph) - parameters:
         raise HeatsinkError(f"pass {_name(one)}: origins name the unknown {sorted(invented)}")
-    if modified:
-        graph.module.recompile()
     return graph, modified
 
 

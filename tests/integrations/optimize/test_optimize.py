@@ -18,15 +18,6 @@ Make = Callable[[], Any]
 NAMES = ("text_encoder", "unet", "vae")
 
 
-def unet_inputs(rows: int = 2, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    draw = torch.Generator().manual_seed(4)
-    return {
-        "sample": torch.randn(rows, 4, 8, 8, generator=draw).to(dtype),
-        "timestep": 7,
-        "encoder_hidden_states": torch.randn(rows, 16, 32, generator=draw).to(dtype),
-    }
-
-
 def test_the_report_names_what_was_replaced(make_sd1: Make) -> None:
     done = heatsink.optimize(make_sd1())
     assert done.replaced == {
@@ -45,14 +36,14 @@ def test_restore_puts_the_very_same_objects_back(make_sd1: Make) -> None:
         name: {k: v.clone() for k, v in modules[name].state_dict().items()} for name in NAMES
     }
     config = dict(pipe.config)
-    given = unet_inputs()
+    latents = torch.rand(1, 4, 4, 4, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        wanted = pipe.unet(**given).sample
+        wanted = pipe.vae.decode(latents).sample
         heatsink.optimize(pipe)
         assert dict(pipe.config) == config
-        assert torch.allclose(pipe.unet(**given).sample, wanted, atol=1e-5)
+        assert torch.allclose(pipe.vae.decode(latents).sample, wanted, atol=1e-5)
         assert heatsink.restore(pipe) == list(NAMES)
-        assert torch.equal(pipe.unet(**given).sample, wanted)
+        assert torch.equal(pipe.vae.decode(latents).sample, wanted)
     for name, module in modules.items():
         assert getattr(pipe, name) is module
         for key, value in module.state_dict().items():

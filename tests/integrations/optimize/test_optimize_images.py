@@ -9,9 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from heatsink.runtime.graph.phases import Phase
+
 Pair = tuple[Any, Any]
 Same = Callable[..., Tensor]
 Quiet = Callable[[Any], Any]
+
+
+def image(seed: int) -> Tensor:
+    return torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
 
 
 def test_a_batch_of_prompts_with_negative_ones(sd1: Pair, same_images: Same) -> None:
@@ -23,6 +29,25 @@ def test_a_batch_of_prompts_with_negative_ones(sd1: Pair, same_images: Same) -> 
 def test_several_images_a_prompt(sd1: Pair, same_images: Same) -> None:
     images = same_images(sd1, prompt="a red apple", num_images_per_prompt=3)
     assert len(images) == 3
+
+
+def test_what_prompts_and_times_decide_is_computed_once(sd1: Pair, same_images: Same) -> None:
+    request = {"prompt": ["a blue plum", "a yellow plum"], "num_inference_steps": 2}
+    same_images(sd1, **request)
+    components = sd1[1].unet._programs.components
+    (component,) = [c for c in components if c.graph.inputs["sample"].shape[2:] == (8, 8)]
+    before = component.uses()
+    same_images(sd1, **request)
+    again = component.uses()
+    for phase in (Phase.REQUEST, Phase.SCHEDULE):
+        assert again[phase].rows == before[phase].rows > 0
+        # Keys and values of four attentions, and more of the times.
+        assert again[phase].launches >= 4
+    assert again[Phase.STEP].rows > before[Phase.STEP].rows
+    # The times of another schedule, for prompts that are known.
+    same_images(sd1, **{**request, "num_inference_steps": 5})
+    assert component.uses()[Phase.REQUEST].rows == before[Phase.REQUEST].rows
+    assert component.uses()[Phase.SCHEDULE].rows > before[Phase.SCHEDULE].rows
 
 
 def test_without_guidance(sd1: Pair, same_images: Same) -> None:
@@ -72,10 +97,10 @@ def test_slicing_decodes_a_row_at_a_time(sd1: Pair, same_images: Same) -> None:
     for pipe in sd1:
         pipe.vae.enable_slicing()
     try:
-        for component in fast.vae._components.values():
+        for component in fast.vae._programs.components:
             component.drop_programs()
         same_images(sd1, prompt=["a red apple"] * 3)
-        decoders = [c for c in fast.vae._components.values() if "latents" in c.graph.inputs]
+        decoders = [c for c in fast.vae._programs.components if "latents" in c.graph.inputs]
         assert [c.batches for c in decoders if c.batches] == [[1]]
     finally:
         for pipe in sd1:
@@ -89,7 +114,7 @@ def test_image_to_image(sd1: Pair, same_images: Same, quiet: Quiet) -> None:
         quiet(StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False))
         for pipe in sd1
     ]
-    start = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+    start = image(3)
     images = same_images(
         pair, prompt="a red apple", image=start, strength=0.7, height=None, width=None
     )
@@ -103,7 +128,7 @@ def test_inpainting(sd1: Pair, same_images: Same, quiet: Quiet) -> None:
         quiet(StableDiffusionInpaintPipeline(**pipe.components, requires_safety_checker=False))
         for pipe in sd1
     ]
-    start = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+    start = image(3)
     mask = torch.zeros(1, 1, 64, 64)
     mask[:, :, 16:48, 16:48] = 1
     same_images(pair, prompt="a red apple", image=start, mask_image=mask, strength=0.9)
@@ -127,11 +152,25 @@ def test_sdxl_image_to_image(sdxl: Pair, same_images: Same, quiet: Quiet) -> Non
         quiet(StableDiffusionXLImg2ImgPipeline(**pipe.components, add_watermarker=False))
         for pipe in sdxl
     ]
-    start = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+    start = image(3)
     same_images(pair, prompt="a red apple", image=start, strength=0.7, height=None, width=None)
 
 
-def _with_control(sd1: Pair, quiet: Quiet) -> Pair:
+def test_sdxl_inpainting(sdxl: Pair, same_images: Same, quiet: Quiet) -> None:
+    from diffusers import StableDiffusionXLInpaintPipeline
+
+    pair: Any = [
+        quiet(StableDiffusionXLInpaintPipeline(**pipe.components, add_watermarker=False))
+        for pipe in sdxl
+    ]
+    start, mask = image(3), torch.zeros(1, 1, 64, 64)
+    mask[:, :, 16:48, 16:48] = 1
+    same_images(pair, prompt="a red apple", image=start, mask_image=mask, strength=0.9)
+
+
+@pytest.fixture(scope="module")
+def control(sd1: Pair) -> Pair:
+    """The SD1 pipeline with a ControlNet, plain and optimised."""
     from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 
     import heatsink
@@ -151,18 +190,52 @@ def _with_control(sd1: Pair, quiet: Quiet) -> Pair:
         if optimised:
             done = heatsink.optimize(pipe, components=["unet", "controlnet"])
             assert set(done.replaced) == {"unet", "controlnet"}
-        pair.append(quiet(pipe))
+        pair.append(pipe)
     return pair[0], pair[1]
 
 
 def test_controlnet_runs_as_a_program_and_its_residuals_reach_the_unet(
-    sd1: Pair, same_images: Same, quiet: Quiet
+    control: Pair, same_images: Same, quiet: Quiet
 ) -> None:
-    pair = _with_control(sd1, quiet)
-    hint = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(3))
-    given = {"prompt": "a red apple", "image": hint, "num_inference_steps": 2}
+    pair = quiet(control[0]), quiet(control[1])
+    given = {"prompt": "a red apple", "image": image(3), "num_inference_steps": 2}
     weak = same_images(pair, **given, controlnet_conditioning_scale=0.5)
     strong = same_images(pair, **given, controlnet_conditioning_scale=1.5)
     guessed = same_images(pair, **given, guess_mode=True, guidance_scale=3.0)
     assert not torch.allclose(weak, strong, atol=1e-3)
     assert not torch.allclose(guessed, strong, atol=1e-3)
+
+
+def test_controlnet_with_a_start_image_and_with_a_mask(
+    control: Pair, same_images: Same, quiet: Quiet
+) -> None:
+    from diffusers import (
+        StableDiffusionControlNetImg2ImgPipeline,
+        StableDiffusionControlNetInpaintPipeline,
+    )
+
+    given = {"prompt": "a red apple", "image": image(4), "control_image": image(3)}
+    graphs = len(control[1].unet.graphs())
+    pair: Any = [
+        quiet(
+            StableDiffusionControlNetImg2ImgPipeline(
+                **pipe.components, requires_safety_checker=False
+            )
+        )
+        for pipe in control
+    ]
+    started = same_images(pair, **given, strength=0.7)
+    mask = torch.zeros(1, 1, 64, 64)
+    mask[:, :, 16:48, 16:48] = 1
+    pair = [
+        quiet(
+            StableDiffusionControlNetInpaintPipeline(
+                **pipe.components, requires_safety_checker=False
+            )
+        )
+        for pipe in control
+    ]
+    masked = same_images(pair, **given, mask_image=mask, strength=0.7)
+    assert not torch.allclose(started, masked, atol=1e-3)
+    # They share the programs of the pipeline that they were made of.
+    assert len(control[1].unet.graphs()) == max(graphs, 1)

@@ -16,6 +16,7 @@ from heatsink.runtime.graph.capture import capture, capture_module
 from heatsink.runtime.graph.components import input_shapes
 from heatsink.runtime.graph.graph import PATH_KEY, WEIGHT_KEY, Graph, TensorSpec
 from heatsink.runtime.graph.weight import Origin
+from heatsink.runtime.port_layout import PortLayout
 
 TOKENS = 7
 VOCABULARY = 40
@@ -69,6 +70,18 @@ def cases() -> dict[str, Case]:
         "vae_encoder": Case("vae_encoder", vae, _shapes("vae_encoder", vae, 8, 12), _encoded),
         "unet": Case("unet", unet, _shapes("unet", unet, 8, 8), _unet_out),
         "unet of SDXL": Case("unet", unet_xl, _shapes("unet", unet_xl, 8, 8), _unet_out),
+        **_controlled("", unet),
+        **_controlled(" of SDXL", unet_xl),
+    }
+
+
+def _controlled(suffix: str, unet: Any) -> dict[str, Case]:
+    """A ControlNet made for a UNet, and that UNet with inputs for its residuals."""
+    net = _controlnet(unet)
+    own = input_shapes("unet", unet.config, height=8, width=8, text_length=TOKENS, controlled=True)
+    return {
+        f"controlnet{suffix}": Case("controlnet", net, _shapes("controlnet", net, 8, 8), _control),
+        f"unet{suffix} with residuals": Case("unet", unet, own, _unet_out),
     }
 
 
@@ -228,6 +241,12 @@ def _unet_xl() -> Any:
     )  # fmt: skip
 
 
+def _controlnet(unet: Any) -> Any:
+    from diffusers import ControlNetModel
+
+    return _shake(ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 8)))
+
+
 def _shake(module: Any) -> Any:
     """Norms begin as the identity: make every parameter count."""
     with torch.no_grad():
@@ -263,7 +282,94 @@ def _encoded(module: Any, inputs: Mapping[str, Tensor]) -> list[Tensor]:
 
 def _unet_out(module: Any, inputs: Mapping[str, Tensor]) -> list[Tensor]:
     given = dict(inputs)
-    sample, timestep, hidden = (
-        given.pop(n) for n in ("sample", "timestep", "encoder_hidden_states")
-    )
-    return [module(sample, timestep, hidden, added_cond_kwargs=given or None).sample]
+    down = [given.pop(name) for name in inputs if name.startswith("down_residual_")]
+    arguments = {
+        "down_block_additional_residuals": down or None,
+        "mid_block_additional_residual": given.pop("mid_residual", None),
+    }
+    return [module(*_first(given), added_cond_kwargs=given or None, **arguments).sample]
+
+
+def _control(module: Any, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    given = dict(inputs)
+    found = []
+    scales = given.pop("conditioning_scale")
+    # The library has one scale a call: row by row.
+    for row, scale in enumerate(scales.tolist()):
+        one = {name: value[row : row + 1] for name, value in given.items()}
+        first = _first(one)
+        condition = one.pop("controlnet_cond")
+        down, mid = module(
+            *first, condition, scale, added_cond_kwargs=one or None, return_dict=False
+        )
+        found.append([*down, mid])
+    return [torch.cat(rows) for rows in zip(*found, strict=True)]
+
+
+def _first(given: dict[str, Tensor]) -> list[Tensor]:
+    return [given.pop(name) for name in ("sample", "timestep", "encoder_hidden_states")]
+
+
+SLOTS, RANK, ROOM = 3, 4, 4
+Mix = Sequence[tuple[int, float]]
+
+
+class Adapters:
+    """A seeded bank of adapters for a module's linear layers and convolutions.
+
+    Values past a row's true rank are NaN: nobody may read them.
+    """
+
+    def __init__(self, module: Any, seed: int, dtype: torch.dtype, paths: Sequence[str] = ()):
+        shapes = {
+            name: tuple(each.weight.shape)
+            for name, each in module.named_modules()
+            if isinstance(each, nn.Linear | nn.Conv2d) and (not paths or name in paths)
+        }
+        self.module = module
+        self.layout = PortLayout.of("net", SLOTS, RANK, shapes)
+        draw = torch.Generator().manual_seed(seed)
+        self.bank: dict[str, Tensor] = {}
+        for name, shape in self.layout.shapes().items():
+            self.bank[name] = (torch.randn(shape, generator=draw) * 0.3).to(dtype)
+        for name, shape in self.layout.rank_shapes().items():
+            ranks = torch.randint(1, RANK + 1, shape, generator=draw, dtype=torch.int32)
+            self.bank[name] = ranks
+            for row, rank in enumerate(ranks.tolist()):
+                for part in "ab":
+                    self.bank[name.replace("ranks", part)][row, rank:] = torch.nan
+
+    def merged(self, mix: Mix) -> Any:
+        """The module in float64 with a row's adapters in its weights."""
+        module = copy.deepcopy(self.module).double()
+        for path, (group, port) in self.layout.places().items():
+            weight: Any = module.get_submodule(path).weight
+            for slot, scale in mix:
+                row = port * SLOTS + slot
+                rank = int(self.bank[f"bank.{group}.ranks"][row])
+                a, b = (self.bank[f"bank.{group}.{name}"][row, :rank].double() for name in "ab")
+                product = torch.einsum("ro,r...->o...", b, a.movedim(-1, 1))
+                weight.data += float(torch.tensor(scale)) * product.reshape(weight.shape)
+        return module
+
+    @staticmethod
+    def inputs(mixes: Sequence[Mix]) -> dict[str, Tensor]:
+        """Slots and scales of rows; what no row uses is filled with what must not be read."""
+        slots = torch.full((len(mixes), ROOM), -1)
+        scales = torch.full((len(mixes), ROOM), torch.nan)
+        for row, mix in enumerate(mixes):
+            for place, (slot, scale) in enumerate(mix):
+                slots[row, place], scales[row, place] = slot, scale
+        return {"adapter_slots": slots, "adapter_scales": scales}
+
+
+@pytest.fixture(scope="session")
+def adapters() -> Callable[..., Adapters]:
+    """Makes a bank: `adapters(module, seed, dtype, paths)`."""
+
+    def make(
+        module: Any, seed: int, dtype: torch.dtype = torch.float32, paths: Sequence[str] = ()
+    ) -> Adapters:
+        return Adapters(module, seed, dtype, paths)
+
+    return make

@@ -16,7 +16,8 @@ from heatsink.runtime.graph.weight import IDENTITY, Origin
 
 NAMES = [
     "text_encoder", "text_encoder of SDXL", "text_encoder_2", "vae_decoder", "vae_encoder", "unet",
-    "unet of SDXL",
+    "unet of SDXL", "controlnet", "controlnet of SDXL", "unet with residuals",
+    "unet of SDXL with residuals",
 ]  # fmt: skip
 
 

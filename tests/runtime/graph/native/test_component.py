@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from heatsink.runtime.errors import InvalidRequest
-from heatsink.runtime.graph.graph import Graph
+from heatsink.runtime.graph.capture import capture_module
+from heatsink.runtime.graph.graph import Graph, TensorSpec
 from heatsink.runtime.graph.passes.drop_noops import drop_noop_nodes
+from heatsink.runtime.graph.passes.pipeline import PASSES_NATIVE
 from heatsink.runtime.native.component import NativeComponent, Workspace
+from heatsink.runtime.native.shared_weights import SharedWeights
 
 Capture = Callable[..., Graph]
 
@@ -89,6 +92,52 @@ def test_weights_are_loaded_once_and_not_copied(graph: Graph) -> None:
     component.run(_rows(30))
     assert {name: value.data_ptr() for name, value in component._constants.items()} == held
     assert held == {name: w.source().data_ptr() for name, w in graph.weights.items()}
+
+
+def test_weights_that_were_written_are_read_again_and_no_others(graph: Graph) -> None:
+    component = NativeComponent(graph, passes=PASSES_NATIVE)
+    component.run(_rows(2))
+    others = {n: v for n, v in component._constants.items() if n != "first.weight"}
+    with torch.no_grad():
+        graph.weights["first.weight"].source().mul_(2)
+    assert component.reload({"first.weight"})
+    # Packed anew, though it is the tensor that it was.
+    found = component.run(_rows(2))["y"]
+    assert torch.allclose(found, graph.run(_rows(2))["y"], atol=1e-5)
+    assert all(component._constants[name] is value for name, value in others.items())
+    assert not component.reload({"third.weight"})
+    assert component.batches == [2]
+
+
+def test_components_of_one_network_share_its_weights(graph: Graph) -> None:
+    weights = SharedWeights()
+    first, second = (
+        NativeComponent(graph, passes=PASSES_NATIVE, weights=weights) for _ in range(2)
+    )
+    for component in (first, second):
+        component.run(_rows(1))
+    assert {id(v) for v in first._constants.values()} == {id(v) for v in second._constants.values()}
+    with pytest.raises(ValueError, match="weights: expected one on meta, got one on cpu"):
+        NativeComponent(graph, device="meta", weights=weights)
+
+
+def test_a_product_with_a_computed_weight_is_not_packed() -> None:
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(torch.ones(5))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            return (nn.functional.linear(x, x[:5] * 2, self.bias),)
+
+    graph = capture_module(
+        "product", Product().to("meta"), {"bias": torch.ones(5)}, {},
+        {"x": TensorSpec((5, 6), torch.float32)}, ["y"],
+    )  # fmt: skip
+    component = NativeComponent(graph, passes=PASSES_NATIVE)
+    for seed in (1, 2):
+        given = _rows(5, seed)
+        assert torch.allclose(component.run(given)["y"], graph.run(given)["y"], atol=1e-5)
 
 
 def test_passes_run_on_a_copy(graph: Graph) -> None:

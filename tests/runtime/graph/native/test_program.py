@@ -231,3 +231,15 @@ def test_what_is_held_must_be_an_input_of_the_graph(graph: Graph) -> None:
     ):
         with pytest.raises(ValueError, match=told):
             Program(graph, 2, _weights(graph), held=held)
+
+
+def test_what_is_held_has_the_strides_of_the_plan(graph: Graph) -> None:
+    # A reshape of it would be a copy, made once, and not a view.
+    turned = torch.rand(6, 4, 5, 2).permute(3, 1, 0, 2)
+    with pytest.raises(ValueError, match=r"expected 'x' with strides \(120, 30, 5, 1\), got \(1, "):
+        Program(graph, 2, _weights(graph), held={"x": turned})
+    # The stride of a dimension of one place means nothing.
+    alone = torch.rand(6, 4, 5, 1).permute(3, 1, 0, 2).contiguous().as_strided(
+        (1, 4, 6, 5), (1, 30, 5, 1)
+    )  # fmt: skip
+    Program(graph, 1, _weights(graph), held={"x": alone})
