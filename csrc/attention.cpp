@@ -26,8 +26,7 @@ using heatsink::Operand;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kChunk = 256;              // queries a task has at most
-constexpr int64_t kPairChunk = 1024;         // the same of bfloat16
+constexpr int64_t kChunk = 1024;             // queries a task has at most
 constexpr int64_t kChunkFloats = 1 << 17;    // and what they may take up, so that they stay in L2
 constexpr int64_t kGrainProducts = 1 << 18;  // products that are worth a thread
 
@@ -91,8 +90,7 @@ int64_t count_tasks(const Attention& a) {
 
 // How many queries a task has, a multiple of 32. No bits depend on it, so the threads may.
 int64_t choose_chunk(Attention a) {
-  a.chunk = std::min(a.element == Element::BFloat16 ? kPairChunk : kChunk,
-                     heatsink::round_up(a.queries, 2 * heatsink::kLanes));
+  a.chunk = std::min(kChunk, heatsink::round_up(a.queries, 2 * heatsink::kLanes));
   const int64_t wanted = 2 * static_cast<int64_t>(torch::stable::get_num_threads());
   while (a.chunk > 2 * heatsink::kLanes &&
          (a.chunk * a.channels > kChunkFloats || count_tasks(a) < wanted)) {

@@ -32,7 +32,7 @@ struct Attention {
 constexpr int64_t kKeyBlock = 128;
 constexpr int64_t kChannelBlock = 64;
 // The same of bfloat16, whose products are summed as tile.h says (csrc/attention_pairs.h).
-constexpr int64_t kPairBlock = 128;
+constexpr int64_t kPairBlock = 256;
 
 // Distance of rows of `channels` floats in scratch; the odd number of cache lines of long ones
 // spreads them over the sets of a cache.

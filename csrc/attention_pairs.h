@@ -39,7 +39,16 @@ inline void copy_pairs(const Plane& x, int64_t first, int64_t rows, int64_t last
   for (int64_t r = 0; r < rows; ++r, to += pitch) {
     const char* from = x.data + smaller(first + r, last) * x.row_stride * 2;
     if (x.column_stride == 1) {
-      __builtin_memcpy(to, from, static_cast<std::size_t>(2 * channels));
+      int64_t c = 0;
+      for (; c + kLanes <= channels; c += kLanes) {
+        __builtin_memcpy(to + 2 * c, from + 2 * c, 2 * kLanes);
+      }
+      for (; c + 4 <= channels; c += 4) {
+        __builtin_memcpy(to + 2 * c, from + 2 * c, 8);
+      }
+      for (; c < channels; ++c) {
+        __builtin_memcpy(to + 2 * c, from + 2 * c, 2);
+      }
     } else {
       collect(from, x.column_stride, channels, 2, to);
     }
