@@ -29,6 +29,13 @@ BuildSize = Annotated[
     str, typer.Option(help="HEIGHTxWIDTH in pixels; the model's own if not given")
 ]
 Precision = Annotated[str, typer.Option(help="fp32, or with torch bf16 (fp16, fp8: not yet)")]
+High = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="COMPONENT=MODULE, or COMPONENT=MODULE:OPERATOR: stays fp32 in a lower precision; may "
+        "be repeated"
+    ),
+]
 Fuse = Annotated[
     list[str] | None, typer.Option(help="FILE:SCALE, a LoRA to merge; may be repeated")
 ]
@@ -122,6 +129,17 @@ def parse_size(text: str) -> tuple[int, int] | None:
     if len(parts) > 2 or not all(map(_number, parts)):
         raise InvalidRequest(f"--size: expected HEIGHTxWIDTH, such as 512x512, got {text!r}")
     return int(parts[0]), int(parts[-1])
+
+
+def parse_high(texts: Sequence[str]) -> dict[str, list[str]] | None:
+    """`unet=conv_out` and so on, by component; None where nothing is given."""
+    found: dict[str, list[str]] = {}
+    for text in texts:
+        component, sign, module = text.partition("=")
+        if not sign or not component or not module:
+            raise InvalidRequest(f"--high: expected COMPONENT=MODULE, got {text!r}")
+        found.setdefault(component, []).append(module)
+    return found or None
 
 
 def parse_batch(text: str) -> tuple[int, int, int]:

@@ -107,6 +107,16 @@ def refused(outcome: Outcome, message: str, code: int = 2) -> None:
             ["--backend", "torch", "--opset", "23"],
             "InvalidRequest: opset: engines of torch hold no",
         ),
+        (
+            ["--high", "conv_out"],
+            "InvalidRequest: --high: expected COMPONENT=MODULE, got 'conv_out'",
+        ),
+        (["--high", "unet=conv_out"], "InvalidRequest: high: everything is high in fp32"),
+        (["--precision", "bf16", "--high", "net=x"], "InvalidRequest: high: the model has "),
+        (
+            ["--precision", "bf16", "--high", "unet=x"],
+            "InvalidRequest: high: expected modules of unet",
+        ),
         (["--opset", "new"], "heatsink: Invalid value for '--opset'"),
         (["--frobnicate"], "heatsink: No such option"),
     ],
