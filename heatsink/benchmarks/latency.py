@@ -26,8 +26,8 @@ from heatsink.benchmarks.energy import Meter, NoMeter, meter
 from heatsink.benchmarks.environment import environment
 from heatsink.benchmarks.latency_check import Check, Quality
 from heatsink.benchmarks.latency_results import LeftOut, Results, Row, Samples, Table
-from heatsink.benchmarks.latency_systems import WHOLE, Runner, System, best_layout, synchronised
-from heatsink.benchmarks.latency_work import Artefacts, Level, Workload
+from heatsink.benchmarks.latency_systems import WHOLE, Runner, System, synchronised, time_layouts
+from heatsink.benchmarks.latency_work import COMPONENTS, Artefacts, Level, Workload, module_key
 from heatsink.kernels.timing import Spread
 from heatsink.kernels.tuning_gate import one_line
 from heatsink.runtime.errors import HeatsinkError
@@ -112,8 +112,8 @@ class Bench:
 
     def run(self) -> Results:
         """Measure everything that the time allows."""
-        layout = self._choose_layout()
-        self.results.settings.update(self._settings(layout))
+        seconds = self._choose_layouts()
+        self.results.settings.update(self._settings(seconds))
         with _plain_float32():
             for precision in self._wanted.precisions:
                 for names in self._groups():
@@ -124,19 +124,32 @@ class Bench:
         self._keep(self.results)
         return self.results
 
-    def _choose_layout(self) -> dict[str, float]:
-        """The eager modules' faster layout on this machine, which all of PyTorch's systems get."""
-        self._progress("choosing the layout of eager", 0, 1)
-        rows = min(2, self._artefacts.workload.rows)
-        seconds = best_layout(self._artefacts, self._wanted.precisions[0], rows)
-        gc.collect()
-        self._progress("choosing the layout of eager", 1, 1)
-        best = min(seconds, key=lambda layout: seconds[layout])
-        # The modules of references are PyTorch's too.
-        self._artefacts.workload = replace(self._artefacts.workload, layout=best)
-        return seconds
+    def _choose_layouts(self) -> dict[str, dict[str, float]]:
+        """The layouts in which eager modules are faster on this machine; seconds of each.
 
-    def _settings(self, layout: dict[str, float]) -> dict[str, Any]:
+        By component and precision, for they differ, and all of PyTorch's systems get them.
+        """
+        what = "choosing the layouts of eager"
+        asked = [
+            (level, precision)
+            for level in COMPONENTS
+            for precision in self._wanted.precisions
+            if level in self._wanted.counts or "image" in self._wanted.counts
+        ]
+        found: dict[str, dict[str, float]] = {}
+        for done, (level, precision) in enumerate(asked):
+            self._progress(what, done, len(asked))
+            count = min(2, self._artefacts.workload.rows) if level == "unet" else 1
+            key = module_key(COMPONENTS[level], precision)
+            found[key] = time_layouts(self._artefacts, precision, level, count)
+            gc.collect()
+        self._progress(what, len(asked), len(asked))
+        best = {key: min(seconds, key=seconds.__getitem__) for key, seconds in found.items()}
+        # The modules of references are PyTorch's too.
+        self._artefacts.workload = replace(self._artefacts.workload, layouts=best)
+        return found
+
+    def _settings(self, layout_seconds: dict[str, dict[str, float]]) -> dict[str, Any]:
         workload, height_width = self._artefacts.workload, self._artefacts.size
         return {
             "model": Path(workload.model).name,
@@ -145,8 +158,8 @@ class Bench:
             "threads": workload.threads,
             "steps": workload.steps,
             "guidance": workload.guidance,
-            "layout": workload.layout,
-            "layout_seconds": layout,
+            "layouts": dict(workload.layouts),
+            "layout_seconds": layout_seconds,
             "rounds": self._wanted.rounds or dict(ROUNDS),
             "together": self._wanted.together,
             "energy": self._meter.name,

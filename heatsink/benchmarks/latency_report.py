@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +117,19 @@ def setup_line(results: Results) -> str:
     where = f"{machine['processor']}, {settings['threads']} threads" if cpu else machine["device"]
     return (
         f"{where}; load before the run {machine['load']}. Generations: {settings['steps']} steps, "
-        f"guidance {settings['guidance']:g}. PyTorch's modules are {settings['layout']}, the "
-        f"faster here. Energy: {settings['energy']}."
+        f"guidance {settings['guidance']:g}. PyTorch's modules are in the layout that is faster "
+        f"here: {_layouts(settings['layouts'])}. Energy: {settings['energy']}."
     )
+
+
+def _layouts(layouts: Mapping[str, str]) -> str:
+    """Each layout, and whose it is where there are several."""
+    modules: dict[str, list[str]] = {}
+    for module, layout in layouts.items():
+        modules.setdefault(layout, []).append(module)
+    if len(modules) < 2:
+        return "".join(modules)
+    return "; ".join(f"{layout} ({' and '.join(each)})" for layout, each in modules.items())
 
 
 def notes(results: Results) -> list[str]:

@@ -17,7 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from heatsink.benchmarks.environment import why_not
-from heatsink.benchmarks.latency_work import COMPONENTS, DTYPES, Artefacts, Level, Prompts, Request
+from heatsink.benchmarks.latency_work import (
+    COMPONENTS,
+    DTYPES,
+    Artefacts,
+    Level,
+    Prompts,
+    Request,
+    module_key,
+)
 from heatsink.runtime import noise
 from heatsink.runtime.errors import NotBuilt
 from heatsink.runtime.graph.components import input_dtype, wrap
@@ -26,11 +34,12 @@ EAGER = "diffusers eager"
 COMPILE = "torch.compile"
 XFORMERS = "xformers"
 WHOLE, STEP = "whole", "step"
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+CONTIGUOUS = "contiguous"
+LAYOUTS = {CONTIGUOUS: torch.contiguous_format, "channels_last": torch.channels_last}
 # More than the counts of a run: past its limit, PyTorch falls back to eager in silence.
 _RECOMPILES = 256
-# Of each layout, and timed in each round.
-_LAYOUT_ROUNDS, _LAYOUT_CALLS = 3, 2
+# Rounds in which layouts are compared: the least, and the most within so many seconds.
+_LAYOUT_ROUNDS, _LAYOUT_SECONDS = (3, 15), 2.0
 
 
 @dataclass
@@ -59,15 +68,14 @@ class System(Protocol):
 
 
 class Eager:
-    """The library's own modules and pipeline: SDPA attention, inference mode, the given layout."""
+    """The library's own modules and pipeline: SDPA attention, inference mode, chosen layouts."""
 
     name = EAGER
 
     def __init__(self, artefacts: Artefacts, precision: str) -> None:
         self._artefacts = artefacts
-        self._dtype = DTYPES[precision]
+        self._precision, self._dtype = precision, DTYPES[precision]
         self._device = torch.device(artefacts.workload.device)
-        self._layout = artefacts.workload.layout
         self._modules: dict[str, nn.Module] = {}
         self._pipe: Any = None
 
@@ -78,8 +86,7 @@ class Eager:
         return [self._call(COMPONENTS[level], self.module(COMPONENTS[level]))]
 
     def set_layout(self, layout: str) -> None:
-        """Move the modules that are loaded, and those to come."""
-        self._layout = layout
+        """Move the modules that are loaded."""
         for module in self._modules.values():
             _lay(module, layout)
 
@@ -87,7 +94,9 @@ class Eager:
         """A component with the inputs that graphs have."""
         if component not in self._modules:
             inner = self._artefacts.model.load_module(component, self._dtype).to(self._device)
-            self._modules[component] = wrap(component, _lay(inner, self._layout)).eval()
+            key = module_key(component, self._precision)
+            layout = self._artefacts.workload.layouts.get(key, CONTIGUOUS)
+            self._modules[component] = wrap(component, _lay(inner, layout)).eval()
         return self._modules[component]
 
     def pipeline(self) -> Any:
@@ -262,25 +271,28 @@ class Xformers(Eager):
         return module
 
 
-def best_layout(artefacts: Artefacts, precision: str, count: int) -> dict[str, float]:
-    """Seconds of a UNet step of the eager module in each layout, the least of all rounds.
+def time_layouts(
+    artefacts: Artefacts, precision: str, level: Level, count: int
+) -> dict[str, float]:
+    """Seconds of the level's eager module in each layout, the least of all rounds.
 
     The layouts take turns, so that what else the machine does for a while decides nothing: a slower
     layout would be a weaker baseline.
     """
     system = Eager(artefacts, precision)
-    (runner,) = system.runners("unet", count)
+    (runner,) = system.runners(level, count)
     seconds = dict.fromkeys(LAYOUTS, math.inf)
-    for turn in range(_LAYOUT_ROUNDS):
+    turn, ends = 0, time.perf_counter() + _LAYOUT_SECONDS
+    while turn < _LAYOUT_ROUNDS[0] or (turn < _LAYOUT_ROUNDS[1] and time.perf_counter() < ends):
+        turn += 1
         for layout in LAYOUTS:
             system.set_layout(layout)
-            runner.load(artefacts.request("unet", count, turn + 1))
+            runner.load(artefacts.request(level, count, turn))
             # Untimed: the weights were just moved.
             runner.run()
-            for _ in range(_LAYOUT_CALLS):
-                with synchronised(artefacts.workload.device) as clock:
-                    runner.run()
-                seconds[layout] = min(seconds[layout], clock())
+            with synchronised(artefacts.workload.device) as clock:
+                runner.run()
+            seconds[layout] = min(seconds[layout], clock())
     return seconds
 
 

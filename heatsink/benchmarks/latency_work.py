@@ -7,7 +7,7 @@ one round (text, times) is of no use in the next.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,6 +44,11 @@ PROMPTS = (
 )
 
 
+def module_key(component: str, precision: str) -> str:
+    """How a run's settings name a component in a precision."""
+    return f"{component}, {precision}"
+
+
 @dataclass(frozen=True)
 class Workload:
     """What is compared, in values that another process can be given.
@@ -54,7 +59,8 @@ class Workload:
         device: `cpu` or `cuda`.
         threads: of every system on a CPU.
         rows: of the UNet, the most.
-        layout: of the eager modules in memory: `contiguous` or `channels_last`.
+        layouts: of the eager modules in memory, `contiguous` or `channels_last`, by `module_key`;
+            what is missing is contiguous.
         engines: whether heatsink runs as engines, built with all checks; else as a graph that was
             captured and written, of the UNet alone.
         steps: of DPM-Solver++(2M), in a generation.
@@ -67,7 +73,7 @@ class Workload:
     device: str
     threads: int
     rows: int
-    layout: str = "contiguous"
+    layouts: Mapping[str, str] = field(default_factory=dict)
     engines: bool = True
     steps: int = 20
     guidance: float = 4.0

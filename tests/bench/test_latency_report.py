@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ from heatsink.benchmarks import latency_report, latency_systems
 from heatsink.benchmarks.latency import Bench, _Entry
 from heatsink.benchmarks.latency_check import Quality
 from heatsink.benchmarks.latency_results import Row, Table
-from heatsink.benchmarks.latency_systems import LAYOUTS, Runner, best_layout
+from heatsink.benchmarks.latency_systems import LAYOUTS, Eager, Runner, time_layouts
+from heatsink.benchmarks.latency_work import Artefacts, Workload
 from heatsink.kernels.timing import Spread
 
 
@@ -84,17 +86,41 @@ def test_a_busy_while_does_not_choose_the_layout(
     monkeypatch.setattr(Slower, "slow", slow)
     monkeypatch.setattr(time, "perf_counter", lambda: Clock.now)
 
-    class Artefacts:
+    class Stub:
         class workload:
             device = "cpu"
 
         @staticmethod
         def request(level: str, count: int, turn: int) -> None: ...
 
-    artefacts: Any = Artefacts
-    seconds = best_layout(artefacts, "fp32", 2)
+    artefacts: Any = Stub
+    seconds = time_layouts(artefacts, "fp32", "vae", 2)
     assert seconds == {"contiguous": 2.0, "channels_last": 1.0}
     assert seconds.keys() == LAYOUTS.keys()
+
+
+def test_each_network_gets_its_own_layout_in_each_precision(tiny_sd1: Path, tmp_path: Path) -> None:
+    layouts = {"unet, bf16": "channels_last", "vae_decoder, fp32": "channels_last"}
+    workload = Workload(str(tiny_sd1), str(tmp_path), "cpu", 1, 2, layouts=layouts)
+    for precision in ("fp32", "bf16"):
+        pipe = Eager(Artefacts(workload), precision).pipeline()
+        for component, module in (("unet", pipe.unet), ("vae_decoder", pipe.vae)):
+            weight = next(p for p in module.parameters() if p.dim() == 4 and p.shape[-1] == 3)
+            wanted = f"{component}, {precision}" in layouts
+            assert weight.is_contiguous(memory_format=torch.channels_last) == wanted
+            assert weight.is_contiguous() != wanted
+
+
+def test_layouts_are_named_once_where_they_are_the_same() -> None:
+    same = {"unet, fp32": "contiguous", "vae_decoder, fp32": "contiguous"}
+    assert latency_report._layouts(same) == "contiguous"
+    mixed = {
+        "unet, fp32": "contiguous",
+        "unet, bf16": "channels_last",
+        "vae_decoder, bf16": "channels_last",
+    }
+    expected = "contiguous (unet, fp32); channels_last (unet, bf16 and vae_decoder, bf16)"
+    assert latency_report._layouts(mixed) == expected
 
 
 def test_nobody_is_always_behind_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,14 +132,14 @@ def test_nobody_is_always_behind_the_same(monkeypatch: pytest.MonkeyPatch) -> No
         order.append(request)
         return float(len(order))
 
-    class Artefacts:
+    class Stub:
         @staticmethod
         def request(level: str, count: int, turn: int) -> int:
             return turn
 
     bench = Bench.__new__(Bench)
     for name, value in {
-        "_artefacts": Artefacts,
+        "_artefacts": Stub,
         "_entries": lambda *given: iter(entries),
         "_rounds": lambda level: 40,
         "_late": lambda: False,
