@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from heatsink.runtime.graph.graph import Graph
     from heatsink.runtime.graph.passes import Pass
     from heatsink.runtime.graph.weight import Origin
-    from heatsink.runtime.native.component import Workspace
+    from heatsink.runtime.native.workspace import Workspace
     from heatsink.runtime.port_layout import PortLayout
 
 
@@ -238,7 +238,7 @@ class Native:
         from heatsink.export.native import data_of
         from heatsink.runtime.backends.native import NativeSession, read_graph
         from heatsink.runtime.backends.native_ports import PortedNativeSession
-        from heatsink.runtime.native.component import Workspace
+        from heatsink.runtime.native.workspace import Workspace
 
         graph, space = read_graph(path, data_of(path, name)), workspace or Workspace()
         if bank is None:

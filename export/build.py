@@ -55,6 +55,7 @@ class Options:
     Attributes:
         backend: who runs it: `torch` (this package's own), `onnxruntime`, or `auto`, the fastest on
             this machine, which the manifest names.
+        device: where it runs, and is measured.
         batch: rows of a UNet batch, (smallest, best served, largest).
         size: (height, width) in pixels; the model's own where None.
         precision: what the components compute in.
@@ -70,6 +71,7 @@ class Options:
     """
 
     backend: str = backends.AUTO
+    device: str = environment.CPU
     batch: tuple[int, int, int] = (1, 8, 16)
     size: tuple[int, int] | None = None
     precision: Precision = "fp32"
@@ -103,6 +105,7 @@ class Options:
             NotBuilt: this version can't build it yet.
             InvalidRequest: a value is out of range.
         """
+        environment.check_device(self.device)
         chosen = self.chosen
         if self.precision not in chosen.precisions:
             raise NotBuilt(

@@ -7,7 +7,24 @@ from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
+from heatsink.runtime.errors import NotBuilt
+
+CPU = "cpu"
 LIBRARIES = ("torch", "onnx", "onnxscript", "onnxruntime", "diffusers", "transformers")
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that engines are not built for.
+
+    Raises:
+        NotBuilt: it is not the CPU. Parity and known answers hold for the device on which they were
+            measured, and no build measures on another.
+    """
+    if device != CPU:
+        raise NotBuilt(
+            f"device {device!r}: engines for it are not built yet; this version builds and opens "
+            f"them on {CPU!r}"
+        )
 
 
 def version() -> str:

@@ -23,7 +23,7 @@ from heatsink.runtime.digest import sha256_file
 from heatsink.runtime.engine import Engine
 from heatsink.runtime.errors import EngineMismatch
 from heatsink.runtime.graph.denoisers import residuals_among
-from heatsink.runtime.native.component import Workspace
+from heatsink.runtime.native.workspace import Workspace, Workspaces
 from heatsink.runtime.port_layout import PortLayout
 from heatsink.runtime.schedule import ScheduleConfig
 from heatsink.runtime.spec import EngineSpec
@@ -194,6 +194,7 @@ def describe(folder: Path, manifest: Manifest) -> EngineSpec:
 def open_engine(
     folder: str | Path,
     *,
+    device: str = environment.CPU,
     threads: int = 0,
     verify: bool = True,
     progress: Progress | None = None,
@@ -202,6 +203,7 @@ def open_engine(
 
     Args:
         folder: as `heatsink build` wrote it.
+        device: where it runs, which is where it was built to run.
         threads: of the CPU backend; 0 lets it choose.
         verify: compare every file with the manifest first. The known answers are always checked.
         progress: called with ("checking files", bytes, bytes in all), then with ("opening",
@@ -210,17 +212,19 @@ def open_engine(
     Raises:
         EngineMismatch: no engine folder, another version, a damaged file, or other answers than
             when it was built (another library or processor).
-        NotBuilt: its backend can't be opened by this version.
+        NotBuilt: its backend can't be opened by this version, or not on the device.
         MissingDependency: the backend's library is not installed.
     """
+    environment.check_device(device)
     folder = Path(folder)
     manifest = read_manifest(folder)
     if verify:
         check_files(folder, manifest, progress)
     components: dict[str, OpenComponent | PortedComponent] = {}
-    workspace, runs = Workspace(), backend(manifest.backend).runs
+    workspaces, runs = Workspaces(device), backend(manifest.backend).runs
     bank, layouts = _open_bank(folder, manifest)
     for done, (name, component) in enumerate(manifest.components.items()):
+        workspace = workspaces.of(name)
         opener = functools.partial(
             open_session, manifest, folder, name, threads=threads, workspace=workspace
         )

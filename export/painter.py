@@ -18,7 +18,8 @@ from heatsink.runtime.graph.graph import Graph
 from heatsink.runtime.graph.passes import run_passes
 from heatsink.runtime.graph.passes.pipeline import NATIVE, PASSES_NATIVE, precision_passes
 from heatsink.runtime.model import Model
-from heatsink.runtime.native.component import NativeComponent, Workspace
+from heatsink.runtime.native.component import NativeComponent
+from heatsink.runtime.native.workspace import Workspace
 from heatsink.runtime.schedule import ScheduleConfig
 from heatsink.runtime.spec import EngineSpec
 from heatsink.runtime.text import Tokenizer

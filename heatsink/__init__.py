@@ -53,6 +53,7 @@ _LAZY = {
 def load(
     engine: str | Path,
     *,
+    device: str = "cpu",
     threads: int = 0,
     verify: bool = True,
     progress: Callable[[str, int, int], None] | None = None,
@@ -60,7 +61,7 @@ def load(
     """Open an engine folder; see `heatsink.export.opening.open_engine` for arguments and errors."""
     from heatsink.export.opening import open_engine
 
-    return open_engine(engine, threads=threads, verify=verify, progress=progress)
+    return open_engine(engine, device=device, threads=threads, verify=verify, progress=progress)
 
 
 def build(

@@ -86,6 +86,10 @@ class ResourceError(HeatsinkError):
     """The machine ran out of disk, memory or device memory."""
 
 
+class CaptureFailed(HeatsinkError):
+    """A program can't be captured in a CUDA graph; the message names the operator."""
+
+
 class CapacityError(HeatsinkError):
     """All room is taken; nothing was started, and it may work once others are done.
 

@@ -143,8 +143,8 @@ class Heatsink:
     def _of_graph(self, name: str) -> Any:
         from heatsink.export.native import data_of
         from heatsink.runtime.backends.native import NativeSession, read_graph
-        from heatsink.runtime.native.component import Workspace
         from heatsink.runtime.native.phased import PhasedComponent
+        from heatsink.runtime.native.workspace import Workspace
 
         path = self._artefacts.native(name, self._precision)
         graph, workload = read_graph(path, data_of(path, name)), self._artefacts.workload

@@ -33,8 +33,9 @@ from heatsink.runtime.graph.graph import Graph
 from heatsink.runtime.graph.passes.compose import compose_operators
 from heatsink.runtime.graph.passes.pipeline import PASSES_NATIVE
 from heatsink.runtime.graph.symbols import symbolic_inputs
-from heatsink.runtime.native.component import NativeComponent, Workspace
+from heatsink.runtime.native.component import NativeComponent
 from heatsink.runtime.native.shared_weights import SharedWeights
+from heatsink.runtime.native.workspace import Workspace
 
 _log = logging.getLogger(__name__)
 

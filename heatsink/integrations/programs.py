@@ -19,9 +19,10 @@ from heatsink.integrations.watch import Watch
 from heatsink.runtime.graph.graph import Graph
 from heatsink.runtime.graph.passes import run_passes
 from heatsink.runtime.graph.passes.pipeline import PASSES_NATIVE
-from heatsink.runtime.native.component import NativeComponent, Workspace
+from heatsink.runtime.native.component import NativeComponent
 from heatsink.runtime.native.phased import PhasedComponent
 from heatsink.runtime.native.shared_weights import SharedWeights
+from heatsink.runtime.native.workspace import Workspace
 
 PHASED = frozenset({"unet", "controlnet"})
 """Kinds of graphs that run in a loop: what the prompt and the times decide is computed once."""

@@ -14,9 +14,9 @@ from heatsink.runtime.backends.session import Array
 from heatsink.runtime.errors import EngineMismatch, InvalidRequest, ResourceError
 from heatsink.runtime.graph.graph import Graph
 from heatsink.runtime.graph.serial import graph_from_json
-from heatsink.runtime.native.component import Workspace
 from heatsink.runtime.native.phased import PhasedComponent
 from heatsink.runtime.native.values import Key
+from heatsink.runtime.native.workspace import Workspace
 from heatsink.runtime.weights import open_safetensors
 
 # PyTorch has no type for it on a CPU.

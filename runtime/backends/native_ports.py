@@ -18,9 +18,9 @@ from heatsink.runtime.backends.native import NativeSession
 from heatsink.runtime.backends.session import Array
 from heatsink.runtime.errors import InvalidRequest
 from heatsink.runtime.graph.graph import Graph
-from heatsink.runtime.native.component import Workspace
 from heatsink.runtime.native.phased import PhasedComponent
 from heatsink.runtime.native.values import Key
+from heatsink.runtime.native.workspace import Workspace
 from heatsink.runtime.port_layout import ROWS_INPUT, SCALES_INPUT, SLOTS_INPUT, PortLayout
 
 
@@ -62,7 +62,7 @@ class PortedNativeSession(NativeSession):
         largest: int = 1,
         threads: int = 0,
     ) -> None:
-        self._graph, self._bank = graph, bank
+        self._graph, self._bank, self._device = graph, bank, workspace.device
         self._room = int(graph.inputs[SLOTS_INPUT].shape[1])
         self._brought: PhasedComponent | None = None
         super().__init__(
@@ -137,7 +137,7 @@ class PortedNativeSession(NativeSession):
         return {
             name: tensors[name]
             if name in tensors
-            else torch.zeros(shape, dtype=self._graph.inputs[name].dtype)
+            else torch.zeros(shape, dtype=self._graph.inputs[name].dtype, device=self._device)
             for name, shape in {**layout.shapes(), **layout.rank_shapes()}.items()
             if name in self._graph.inputs
         }
@@ -148,8 +148,9 @@ class PortedNativeSession(NativeSession):
             held = self._held({}) if self._bank.tensors else self._component.held
             self._brought = self._component
             if self._bank.tensors:
+                space = self._component.workspace
                 self._brought = PhasedComponent(
-                    self._graph, workspace=self._component.workspace, held=held
+                    self._graph, device=self._device, workspace=space, held=held
                 )
         for name, tensor in self._brought.held.items():
             if name in bank:

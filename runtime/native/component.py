@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-import weakref
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,42 +14,9 @@ from heatsink.runtime.graph.passes.protocol import Pass
 from heatsink.runtime.memory import Plan, plan
 from heatsink.runtime.native.layout import Layout, lay_out
 from heatsink.runtime.native.outs import forget_packed
-from heatsink.runtime.native.program import Arena, Program, check_held
+from heatsink.runtime.native.program import Program, check_held
 from heatsink.runtime.native.shared_weights import SharedWeights, made_of
-
-
-class Workspace:
-    """One arena for components that never run at the same time, and the lock that sees to it.
-
-    The arena grows to the largest plan it has met and never shrinks. Growing moves it, so the
-    programs on it are dropped, and built again when they are next needed; `reserve` plans for a
-    largest batch beforehand.
-    """
-
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.device = torch.device(device)
-        self.lock = threading.RLock()
-        self.arena = Arena(0, self.device)
-        self._users: weakref.WeakSet[NativeComponent] = weakref.WeakSet()
-
-    @property
-    def bytes(self) -> int:
-        """What the arena holds now."""
-        return self.arena.memory.numel()
-
-    def join(self, component: NativeComponent) -> None:
-        """Let a component build programs on the arena."""
-        self._users.add(component)
-
-    def fit(self, size: int) -> Arena:
-        """The arena, grown if it is smaller than `size` bytes."""
-        if self.bytes < size:
-            for component in self._users:
-                component.drop_programs()
-            # The old one is freed before the larger one is asked for.
-            self.arena = Arena(0, self.device)
-            self.arena = Arena(size, self.device)
-        return self.arena
+from heatsink.runtime.native.workspace import Workspace
 
 
 def check_inputs(graph: Graph, inputs: Mapping[str, Tensor]) -> None:
@@ -131,12 +96,23 @@ class NativeComponent:
 
     def reserve(self, batch: int) -> None:
         """Grow the arena for this batch size, so that smaller programs stay when it comes."""
-        with self.workspace.lock:
+        with self.workspace.turn():
             self.workspace.fit(self._planned(batch)[1].peak)
 
     def drop_programs(self) -> None:
         """Forget the programs; they are built again when they are next needed."""
+        if self._programs:
+            self.workspace.settle()
         self._programs.clear()
+
+    def capture(self, batches: Iterable[int]) -> None:
+        """Make the programs of these batch sizes, the largest first.
+
+        So the arena is made once, and on a CUDA device the pool of graphs grows least.
+        """
+        with self.workspace.turn():
+            for batch in sorted(set(batches), reverse=True):
+                self.program(batch)
 
     def reload(self, parameters: Container[str]) -> bool:
         """Read the weights that are made of these parameters again before the next run.
@@ -149,7 +125,7 @@ class NativeComponent:
         Returns:
             Whether the graph has weights made of them.
         """
-        with self.workspace.lock:
+        with self.workspace.turn():
             self._weights.forget(parameters)
             stale = [n for n, parts in self.graph.origins.items() if made_of(parts, parameters)]
             if stale:
@@ -173,18 +149,18 @@ class NativeComponent:
         if set(held) != set(self._held):
             raise ValueError(f"held: expected {sorted(self._held)}, got {sorted(held)}")
         check_held(self.graph, None, held, self.workspace.device)
-        with self.workspace.lock:
+        with self.workspace.turn():
             self.drop_programs()
             self._held = dict(held)
 
     def program(self, batch: int) -> Program:
-        """The program of a batch size; hold `workspace.lock` while you use it."""
-        with self.workspace.lock:
+        """The program of a batch size, captured on a CUDA device; use it in `workspace.turn`."""
+        with self.workspace.turn():
             layout, memory = self._planned(batch)
             arena = self.workspace.fit(memory.peak)
             if batch not in self._programs:
                 self._load()
-                self._programs[batch] = Program(
+                program = Program(
                     self.graph,
                     batch,
                     self._constants,
@@ -194,6 +170,9 @@ class NativeComponent:
                     arena=arena,
                     device=self.workspace.device,
                 )
+                if self.workspace.graphs:
+                    program.capture(self.workspace.graphs)
+                self._programs[batch] = program
             return self._programs[batch]
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -210,9 +189,8 @@ class NativeComponent:
             InvalidRequest: an input is missing, unknown, of another shape or kind; no rows.
         """
         batch = self._rows(inputs)
-        with self.workspace.lock:
-            found = self.program(batch).run(inputs)
-            return {name: value.clone() for name, value in found.items()}
+        with self.workspace.turn():
+            return self.workspace.copies(self.program(batch).run(inputs))
 
     def _rows(self, inputs: Mapping[str, Tensor]) -> int:
         if twice := sorted(set(inputs) & set(self._held)):

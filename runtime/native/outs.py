@@ -20,6 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 import heatsink.kernels
 from heatsink.runtime.graph.row_port_op import PORT_LINEAR, ROW_PORT
+from heatsink.runtime.native.library_outs import conv2d_step, forget_kernel, linear_step
 
 Step = Callable[[], Any]
 MakeStep = Callable[[tuple[Any, ...], Mapping[str, Any], Tensor], Step | None]
@@ -106,6 +107,7 @@ def _packed(weight: Tensor, activation: str) -> Tensor:
 def forget_packed(weight: Tensor) -> None:
     """Pack a weight anew when it is next used: it was written to."""
     _PACKED.pop(weight, None)
+    forget_kernel(weight)
 
 
 def _positional(op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
@@ -117,6 +119,8 @@ def _linear(args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Tensor) -> St
     """The product with a packed weight; threads keep their scratch."""
     op = torch.ops.heatsink.linear.default
     x, weight, *rest = _positional(op, args, kwargs)
+    if x.device.type == "cuda":
+        return linear_step(x, weight, *rest, out)
     if x.dtype not in _PRODUCTS or x.device.type != "cpu":
         return None
     into: Any = torch.ops.heatsink.linear_packed.default
@@ -127,6 +131,8 @@ def _conv2d(args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Tensor) -> St
     """The convolution with a packed weight, between images in channels_last memory."""
     op = torch.ops.heatsink.conv2d.default
     x, x2, weight, bias, residual, sample_add, *window, activation = _positional(op, args, kwargs)
+    if x.device.type == "cuda":
+        return conv2d_step(*_positional(op, args, kwargs), out)
     images = [value for value in (x, x2, residual, out) if value is not None]
     if x.dtype not in _PRODUCTS or x.device.type != "cpu" or not all(map(_channels_last, images)):
         return None

@@ -12,7 +12,7 @@ only, filled up, or its values would depend on what was asked before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,12 +22,13 @@ from heatsink.runtime.errors import InvalidRequest
 from heatsink.runtime.graph.cost import Cost, costs, total
 from heatsink.runtime.graph.graph import BATCH, Graph
 from heatsink.runtime.graph.phases import Phase, Phases, split
-from heatsink.runtime.native.component import NativeComponent, Workspace, check_inputs
+from heatsink.runtime.native.component import NativeComponent, check_inputs
 from heatsink.runtime.native.exact import inexact
 from heatsink.runtime.native.handed import HandedRows
 from heatsink.runtime.native.phase_keys import PhaseKeys
 from heatsink.runtime.native.shared_weights import SharedWeights
 from heatsink.runtime.native.values import Key, Store, digest
+from heatsink.runtime.native.workspace import Workspace
 
 KEEP_BYTES = 1 << 28
 """What a component keeps of values between calls, by default."""
@@ -143,13 +144,30 @@ class PhasedComponent:
 
     def reserve(self, batch: int) -> None:
         """Make room for this batch size, so that smaller programs stay when it comes."""
-        with self.workspace.lock:
+        with self.workspace.turn():
             self._fit(batch)
             self._step.reserve(batch)
 
+    def capture(self, batches: Iterable[int]) -> None:
+        """Make all programs for these batch sizes, a part's largest first.
+
+        On a CUDA device they are captured, so that no request waits for it.
+        """
+        batches = sorted(set(batches), reverse=True)
+        if not batches:
+            return
+        with self.workspace.turn():
+            self.reserve(batches[0])
+            # An arena that grows later would drop what is captured by then.
+            for phase, part in self._parts.items():
+                part.reserve(self._sizes[phase][-1])
+            self._step.capture(batches)
+            for phase, part in self._parts.items():
+                part.capture(self._sizes[phase])
+
     def forget(self) -> None:
         """Let go of all values that are kept."""
-        with self.workspace.lock:
+        with self.workspace.turn():
             self._store.clear()
             self._keys.forget()
             self._handed.forget()
@@ -162,7 +180,7 @@ class PhasedComponent:
         Args:
             parameters: names that the graph's origins have.
         """
-        with self.workspace.lock:
+        with self.workspace.turn():
             stale = [part.reload(parameters) for part in self._parts.values()]
             self._step.reload(parameters)
             if any(stale):
@@ -171,7 +189,7 @@ class PhasedComponent:
     def uses(self, rows: int = 1) -> dict[Phase, Use]:
         """Every phase's cost for a row, its launches in a run of `rows`, and how often it ran."""
         found = {}
-        with self.workspace.lock:
+        with self.workspace.turn():
             for phase, graph in self.phases.graphs.items():
                 part = self._parts.get(phase, self._step)
                 if phase == Phase.STEP:
@@ -202,7 +220,7 @@ class PhasedComponent:
                 what is no input, or too few; none where what is kept depends on a held input.
         """
         rows = self._check(inputs)
-        with self.workspace.lock:
+        with self.workspace.turn():
             known = self._keys.of_inputs(inputs, keys or {}, rows)
             wanted = {phase: self._keys.of_phase(phase, known) for phase in self._parts}
             self._compute(wanted, lambda name, places: inputs[name][places], inputs)
@@ -210,8 +228,7 @@ class PhasedComponent:
             self._handed.lay(wanted, self._store)
             graph = self.phases.graphs[Phase.STEP]
             given = {name: inputs[name] for name in graph.inputs if name in inputs}
-            found = self._step.program(rows).run(given)
-            out = {name: value.clone() for name, value in found.items()}
+            out = self.workspace.copies(self._step.program(rows).run(given))
             self._count(Phase.STEP, rows)
             self._store.trim({key for each in wanted.values() for key in each})
         return out
@@ -239,7 +256,7 @@ class PhasedComponent:
         self._check_prepared(inputs, timesteps, keys)
         if not rows:
             return
-        with self.workspace.lock:
+        with self.workspace.turn():
             counts = torch.tensor([len(each) for each in timesteps])
             owners = torch.repeat_interleave(torch.arange(rows), counts)
             times = torch.cat(list(timesteps))

@@ -13,6 +13,7 @@ from heatsink.runtime.graph.graph import BATCH, WEIGHT_KEY, Graph, input_name, m
 from heatsink.runtime.graph.passes.edit import argument
 from heatsink.runtime.memory import Plan, plan
 from heatsink.runtime.native.calls import Calls
+from heatsink.runtime.native.cuda_graph import Graphs
 from heatsink.runtime.native.layout import Layout, lay_out, name_of, tensors
 from heatsink.runtime.native.outs import OUTS, PACKING, unplanned
 
@@ -118,8 +119,10 @@ class Program:
         self.memory = memory or plan(self._layout.lifetimes)
         self._arena = arena or Arena(self.memory.peak, self._device)
         self.batch = batch
+        self._component = graph.component
         self.unplanned: list[tuple[str, str]] = []
         self._calls = Calls(self._device)
+        self._replay: Callable[[], None] = self._calls.run
         self._nodes: list[fx.Node] = []
         self._values: dict[fx.Node, Any] = {}
         self._storages: dict[tuple[fx.Node, int], Tensor] = {}
@@ -161,7 +164,22 @@ class Program:
             RuntimeError: what an operator raised, behind its name and the path of its module.
         """
         with torch.inference_mode():
-            self._calls.run()
+            self._replay()
+
+    def capture(self, graphs: Graphs) -> None:
+        """Replay one CUDA graph from now on, on the stream that is current then.
+
+        The calls run a few times before, on zeros in all inputs that are not held.
+
+        Raises:
+            CaptureFailed: a call can't be part of a graph; the message names its operator.
+        """
+        with torch.inference_mode():
+            for name in self.inputs.keys() - self._held.keys():
+                # What lies there may be no index of anything.
+                self.inputs[name].zero_()
+            what = f"{self._component} of {self.batch} rows"
+            self._replay = graphs.capture(self._calls.run, what)
 
     def profile(
         self, rounds: int = 3, clock: Callable[[], float] = time.perf_counter

@@ -170,6 +170,7 @@ def test_a_folder_to_reuse_that_is_no_engine_is_told(
     ("options", "error", "message"),
     [
         (Options(backend="tensorrt"), NotBuilt, "'tensorrt' is not built yet"),
+        (Options(device="cuda"), NotBuilt, "'cuda': engines for it are not built yet"),
         (Options(precision="fp16"), NotBuilt, "'fp16' is not built yet"),
         (
             Options(backend="onnxruntime", batch=(0, 8, 4)),

@@ -21,8 +21,8 @@ from heatsink.export.opening import open_session
 from heatsink.kernels import _native
 from heatsink.runtime.backends.native import NativeSession, read_graph
 from heatsink.runtime.errors import EngineMismatch, InvalidRequest, NotBuilt, ResourceError
-from heatsink.runtime.native.component import Workspace
 from heatsink.runtime.native.phased import PhasedComponent
+from heatsink.runtime.native.workspace import Workspace
 
 BATCH = (1, 2, 4)
 NAMES = ["text_encoder", "unet", "vae_decoder", "vae_encoder"]

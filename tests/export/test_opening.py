@@ -47,6 +47,12 @@ def load(folder: Path, **options: Any) -> Any:
     return heatsink.load(folder, threads=1, **options)
 
 
+def test_a_device_it_was_not_built_for_is_refused(tmp_path: Path) -> None:
+    # Before the folder is looked at.
+    with pytest.raises(NotBuilt, match=r"'cuda': engines for it are not built yet; .* on 'cpu'"):
+        heatsink.load(tmp_path / "engine", device="cuda")
+
+
 def test_opens_as_built(sd1_onnx_folder: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     engine = load(sd1_onnx_folder, progress=lambda *args: seen.append(args))

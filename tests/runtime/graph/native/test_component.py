@@ -15,8 +15,9 @@ from heatsink.runtime.graph.capture import capture_module
 from heatsink.runtime.graph.graph import Graph, TensorSpec
 from heatsink.runtime.graph.passes.drop_noops import drop_noop_nodes
 from heatsink.runtime.graph.passes.pipeline import PASSES_NATIVE
-from heatsink.runtime.native.component import NativeComponent, Workspace
+from heatsink.runtime.native.component import NativeComponent
 from heatsink.runtime.native.shared_weights import SharedWeights
+from heatsink.runtime.native.workspace import Workspace
 
 Capture = Callable[..., Graph]
 

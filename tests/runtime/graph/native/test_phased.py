@@ -18,9 +18,10 @@ from heatsink.runtime.graph.graph import Graph, TensorSpec
 from heatsink.runtime.graph.passes import run_passes
 from heatsink.runtime.graph.passes.pipeline import PASSES_NATIVE
 from heatsink.runtime.graph.phases import Phase
-from heatsink.runtime.native.component import NativeComponent, Workspace
+from heatsink.runtime.native.component import NativeComponent
 from heatsink.runtime.native.phased import PhasedComponent
 from heatsink.runtime.native.program import Program
+from heatsink.runtime.native.workspace import Workspace
 
 Given = dict[str, Tensor]
 NAMES = ["unet", "unet of SDXL"]
