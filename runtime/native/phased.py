@@ -23,7 +23,7 @@ from heatsink.runtime.graph.cost import Cost, costs, total
 from heatsink.runtime.graph.graph import BATCH, Graph
 from heatsink.runtime.graph.phases import Phase, Phases, split
 from heatsink.runtime.native.component import NativeComponent, check_inputs
-from heatsink.runtime.native.exact import inexact
+from heatsink.runtime.native.exact import by_place, inexact
 from heatsink.runtime.native.handed import HandedRows
 from heatsink.runtime.native.phase_keys import PhaseKeys
 from heatsink.runtime.native.shared_weights import SharedWeights
@@ -86,7 +86,8 @@ class PhasedComponent:
             weights: shared with graphs of the same module; its own by default.
             keep_bytes: how much of values is kept that no row needs now.
             sizes: batch sizes in which phases are computed, ascending; the largest alone for a
-                phase whose results may depend on it.
+                phase whose results may depend on it, and 1 for one whose results may depend on a
+                row's place.
 
         Raises:
             ValueError: the workspace is on another device, a held tensor is not what the graph
@@ -114,8 +115,7 @@ class PhasedComponent:
             if phase != Phase.STEP
         }
         self._sizes: dict[Phase, Sequence[int]] = {
-            phase: sizes[-1:] if inexact(part.graph) else sizes
-            for phase, part in self._parts.items()
+            phase: _sizes(part.graph, sizes) for phase, part in self._parts.items()
         }
         self._handed = HandedRows(self.phases, self.workspace.device)
         own = {n: v for n, v in self._held.items() if n in self.phases.graphs[Phase.STEP].inputs}
@@ -363,3 +363,10 @@ class PhasedComponent:
         """Make room where the step reads; what lay in less is laid anew."""
         if self._handed.fit(batch):
             self._step.hold({**self._step.held, **self._handed.buffers})
+
+
+def _sizes(graph: Graph, sizes: Sequence[int]) -> Sequence[int]:
+    """The batch sizes in which a phase gives a row the same bits."""
+    if by_place(graph, sizes[-1]):
+        return (1,)
+    return sizes[-1:] if inexact(graph) else sizes

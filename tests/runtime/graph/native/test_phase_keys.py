@@ -15,8 +15,8 @@ from heatsink.runtime.graph.passes import run_passes
 from heatsink.runtime.graph.passes.pipeline import PASSES_NATIVE
 from heatsink.runtime.graph.phases import Phase, split
 from heatsink.runtime.native.component import NativeComponent
-from heatsink.runtime.native.exact import inexact
-from heatsink.runtime.native.phased import PhasedComponent
+from heatsink.runtime.native.exact import by_place, inexact
+from heatsink.runtime.native.phased import SIZES, PhasedComponent
 from heatsink.runtime.port_layout import SLOTS_INPUT
 
 CHANNELS, TEXT, SLOTS = 64, 16, 3
@@ -160,6 +160,42 @@ def test_phases_run_in_few_sizes(timed: Graph) -> None:
     assert torch.equal(found[0], alone)
     assert component._parts[Phase.SCHEDULE].batches == [5]
     assert component.uses()[Phase.SCHEDULE].rows == 9
+
+
+class Activated(nn.Module):
+    """An activation of the time that no operator of this package takes over."""
+
+    def __init__(self, channels: int, kind: str) -> None:
+        super().__init__()
+        self.channels, self.kind = channels, kind
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> tuple[Tensor, ...]:
+        numbers = torch.arange(self.channels, device=timestep.device) / self.channels
+        waves = torch.sin(timestep[:, None] * numbers) * 5
+        if self.kind == "gelu":
+            return (sample * nn.functional.gelu(waves, approximate="tanh"),)
+        return (sample * getattr(torch, self.kind)(waves),)
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "gelu"])
+@pytest.mark.parametrize("channels", [5, 48, 128, 4096])
+def test_activations_do_not_depend_on_a_rows_place(channels: int, kind: str) -> None:
+    specs = {"sample": TensorSpec(("batch", channels), torch.float32), "timestep": TIME}
+    net = Activated(channels, kind)
+    component = PhasedComponent(capture_module("unet", net, {}, {}, specs, ("out",)))
+    # A vector's width, and what the threads would share.
+    alone_only = channels % 64 != 0 or channels == 4096
+    graph = component.phases.graphs[Phase.SCHEDULE]
+    assert by_place(graph, 16) == ([f"aten.{kind}"] if alone_only else [])
+    sample, times = torch.ones(7, channels), torch.linspace(1, 999, 7)
+    alone = [
+        component.run({"sample": sample[:1], "timestep": times[row : row + 1]})["out"][0]
+        for row in range(7)
+    ]
+    component.forget()
+    found = component.run({"sample": sample, "timestep": times})["out"]
+    assert all(torch.equal(found[row], alone[row]) for row in range(7))
+    assert tuple(component._sizes[Phase.SCHEDULE]) == ((1,) if alone_only else SIZES)
 
 
 @pytest.mark.parametrize("sizes", [(), (0, 1), (4, 2), (2, 2)])
