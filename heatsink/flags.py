@@ -18,8 +18,8 @@ EngineOut = Annotated[Path, typer.Option("--out", "-o", help="the engine folder 
 Backend = Annotated[
     str,
     typer.Option(
-        help="who runs it: torch (Heatsink's own), onnxruntime, or auto, the fastest here "
-        "(tensorrt, tensorrt-rtx: not yet)"
+        help="who runs it: torch (Heatsink's own), onnxruntime, or auto: torch where its C++ ops "
+        "are, else onnxruntime (tensorrt, tensorrt-rtx: not yet)"
     ),
 ]
 Batch = Annotated[
@@ -57,7 +57,7 @@ ControlNet = Annotated[
     ),
 ]
 Arch = Annotated[str, typer.Option(help="GPU architectures (not yet)")]
-Opset = Annotated[int, typer.Option(help="of the ONNX files; 0: the default")]
+Opset = Annotated[int, typer.Option(help="of onnxruntime's files; 0: the default")]
 Strict = Annotated[
     bool, typer.Option("--strict/--fast", help="use only batch sizes that agree bit by bit")
 ]
