@@ -21,7 +21,6 @@ from heatsink.runtime.port_layout import PortLayout
 from heatsink.runtime.text import Tokenizer
 
 Report = Callable[[str, int, int], None]
-# Recorded in the build key: raise it when capture, passes or export change what they make.
 DTYPES = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
@@ -29,7 +28,8 @@ DTYPES = {
     "fp8": torch.float8_e4m3fn,
 }
 """Of weights, by the manifest's precision."""
-RECIPE = 3
+# Recorded in the build key: raise it when capture, passes, export or ops change what they make.
+RECIPE = 4
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,11 @@ class Plan:
         return DTYPES[self.precision].itemsize * self.parameters + graphs * (1 << 20)
 
     def key(self, strict: bool) -> str:
-        """SHA-256 of everything above, the libraries and the processor."""
+        """SHA-256 of everything above, the libraries, the processor and its instruction set.
+
+        Known answers are part of what is taken over: those of other instructions, threads or ops
+        would be refused where the engine is opened, and taken over again when it is built anew.
+        """
         values: dict[str, Any] = {
             **{k: v for k, v in self.__dict__.items() if k not in ("shapes", "layout")},
             "layout": self.layout.as_dict() if self.layout else None,
@@ -65,6 +69,7 @@ class Plan:
             "heatsink": environment.version(),
             "libraries": environment.libraries(),
             "device": environment.processor(),
+            "identity": environment.identity(),
         }
         return sha256_bytes(canonical_json(values))
 

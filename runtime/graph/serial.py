@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 import heatsink.runtime.graph.row_port_op  # noqa: F401 - a graph may name its ops
-from heatsink.runtime.errors import EngineMismatch, NotBuilt
+from heatsink.runtime.errors import EngineMismatch, HeatsinkError, NotBuilt
 from heatsink.runtime.graph.graph import (
     BATCH,
     INPUT_KEY,
@@ -37,6 +37,13 @@ _SIZES = {
     name: getattr(operator, name)
     for name in ("getitem", "add", "sub", "mul", "floordiv", "mod", "neg")
 }
+# Opens any file, to write too.
+_REFUSED = ("aten.from_file",)
+# What reading a damaged graph raises: Python's own, FX's, and those of tracing it.
+_FAULTS = (
+    LookupError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError,
+    ArithmeticError, HeatsinkError,
+)  # fmt: skip
 _NAMED: dict[str, type] = {
     "dtype": torch.dtype,
     "layout": torch.layout,
@@ -75,7 +82,7 @@ def graph_from_json(text: str, weights: Mapping[str, Tensor]) -> Graph:
 
     Raises:
         EngineMismatch: it is damaged, of another version, names an operator that may not be named,
-            or a weight is missing.
+            or a weight is missing or another than the graph says.
     """
     try:
         value = json.loads(text)
@@ -83,7 +90,9 @@ def graph_from_json(text: str, weights: Mapping[str, Tensor]) -> Graph:
         if version != VERSION:
             raise EngineMismatch(f"a graph of version {version!r}, this Heatsink reads {VERSION}")
         return _Reader(value, weights).graph()
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+    except EngineMismatch:
+        raise
+    except _FAULTS as error:
         raise EngineMismatch(f"the graph is damaged: {type(error).__name__}: {error}") from error
 
 
@@ -154,7 +163,7 @@ class _Reader:
         value = self._value
         inputs, outputs = (_read_specs(value[key]) for key in ("inputs", "outputs"))
         held = {
-            name: Weight(tuple(shape), _dtype(dtype), self._source(name), name)
+            name: Weight(tuple(shape), _dtype(dtype), self._source(name, shape, dtype), name)
             for name, (shape, dtype) in value["weights"].items()
         }
         for fields in value["nodes"]:
@@ -169,9 +178,15 @@ class _Reader:
         graph.validate()
         return graph
 
-    def _source(self, name: str) -> Callable[[], Tensor]:
+    def _source(self, name: str, shape: list[int], dtype: str) -> Callable[[], Tensor]:
         if name not in self._weights:
             raise EngineMismatch(f"the weight {name!r} of the graph is missing")
+        found = self._weights[name]
+        if (list(found.shape), found.dtype) != (shape, _dtype(dtype)):
+            raise EngineMismatch(
+                f"the weight {name!r} of the graph is {shape} {dtype}, the file holds "
+                f"{list(found.shape)} {_short(found.dtype)}"
+            )
         return lambda: self._weights[name]
 
     def _add(self, name: str, kind: str, target: Any, *rest: Any) -> None:
@@ -247,4 +262,11 @@ def _target(name: str) -> Callable[..., Any]:
     found = getattr(getattr(getattr(torch.ops, namespace), packet), overload)
     if found._schema.is_mutable:
         raise ValueError(f"{name!r} writes into its arguments")
+    given = {str(each.type) for each in found._schema.returns}
+    # What gives no tensor is called for what it does besides: the recorder's ops of this package
+    # reach other engines' programs.
+    own = namespace != "heatsink" or given
+    kinds = {"Tensor", "List[Tensor]", *(["int"] if namespace == "aten" else [])}
+    if not own or given - kinds or f"{namespace}.{packet}" in _REFUSED:
+        raise ValueError(f"{name!r} does more than compute tensors")
     return found  # type: ignore[no-any-return]

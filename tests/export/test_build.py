@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import heatsink
+from heatsink.export import environment
 from heatsink.export.build import Options, Report, build
 from heatsink.export.manifest import read_manifest
 from heatsink.runtime import noise
@@ -151,6 +152,17 @@ def test_other_options_reuse_nothing(tiny_sd1: Path, sd1_onnx_folder: Path, plac
     ):
         with pytest.raises(AssertionError, match="text_encoder"):
             build(tiny_sd1, place / "engine", options, reuse=[sd1_onnx_folder])
+
+
+@pytest.mark.parametrize("name", ["instruction_set", "threads", "ops"])
+@pytest.mark.usefixtures("no_building")
+def test_known_answers_of_other_instructions_are_not_taken_over(
+    tiny_sd1: Path, old: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    here = environment.identity()
+    monkeypatch.setattr(environment, "identity", lambda: {**here, name: "another"})
+    with pytest.raises(AssertionError, match="text_encoder"):
+        build(tiny_sd1, old, Options(backend="onnxruntime", batch=BATCH))
 
 
 @pytest.mark.usefixtures("no_building")

@@ -68,7 +68,16 @@ def _document(graph: Graph) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "target",
-    ["operator.attrgetter", "prim.device.default", "aten.add_.Tensor", "os.system", "aten.nothing"],
+    [
+        "operator.attrgetter",
+        "prim.device.default",
+        "aten.add_.Tensor",
+        "os.system",
+        "aten.nothing",
+        "aten.from_file.default",
+        "heatsink.program_free.default",
+        "heatsink.program_new.default",
+    ],
 )
 def test_only_harmless_operators_can_be_named(
     target: str, capture_net: Callable[..., Graph]
@@ -76,8 +85,36 @@ def test_only_harmless_operators_can_be_named(
     value = _document(capture_net(nn.SiLU(), 4))
     (node,) = [node for node in value["nodes"] if node[1] == "call"]
     node[2] = target
-    with pytest.raises(EngineMismatch, match="the graph is damaged"):
+    with pytest.raises(EngineMismatch, match=r"the graph is damaged: (Value|Attribute)Error"):
         graph_from_json(json.dumps(value), {})
+
+
+def test_every_damage_is_one_kind_of_error(capture_net: Callable[..., Graph]) -> None:
+    text = graph_to_json(capture_net(nn.SiLU(), 4))
+    changes: list[Callable[[dict[str, Any]], object]] = [
+        # Arguments that are no tuple, a size of 0 / 0, names that disagree, a lost module path.
+        lambda value: value["nodes"][-2].__setitem__(3, []),
+        lambda value: value["nodes"].insert(
+            1, ["half", "call", "operator.mod", {"tuple": [1, 0]}, {}, ""]
+        ),
+        lambda value: value["inputs"].append(["more", ["batch", 4], "float32"]),
+        lambda value: value["nodes"][-2].__setitem__(5, None),
+    ]
+    for change in changes:
+        value = json.loads(text)
+        change(value)
+        with pytest.raises(EngineMismatch, match="the graph is damaged"):
+            graph_from_json(json.dumps(value), {})
+
+
+@pytest.mark.parametrize("weight", [torch.zeros(3, 5), torch.zeros(3, 4, dtype=torch.bfloat16)])
+def test_a_weight_of_another_kind_is_told(
+    weight: torch.Tensor, capture_net: Callable[..., Graph]
+) -> None:
+    text = graph_to_json(capture_net(nn.Linear(4, 3), 4))
+    told = r"weight 'weight' .* is \[3, 4\] float32, the file holds \[3, [45]\] "
+    with pytest.raises(EngineMismatch, match=told):
+        graph_from_json(text, {"weight": weight, "bias": torch.zeros(3)})
 
 
 def test_damage_is_told(capture_net: Callable[..., Graph]) -> None:
