@@ -48,7 +48,7 @@ from heatsink.runtime.text import Tokenizer
 
 # Python's safe path leaves a script's own folder out.
 sys.path.append(str(Path(__file__).resolve().parent))
-from cpu_products import ceilings
+from cpu_products import ceilings  # type: ignore[import-not-found]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 HINTS = {"fp32": "f32", "bf16": "bf16"}
@@ -143,7 +143,8 @@ def class_of(node: fx.Node, costs: NodeCosts) -> str:
         rows = costs.shape(node)[:-1]
         return f"linear{gated}, {torch.Size(rows[1:]).numel()} tokens"
     if name == "attention":
-        queries, keys = (costs.shape(node.args[i])[1] for i in range(2))
+        given: Any = node.args
+        queries, keys = (costs.shape(given[i])[1] for i in range(2))
         return f"attention {queries}x{keys}, d {costs.shape(node)[3]}"
     return name
 

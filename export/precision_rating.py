@@ -49,7 +49,7 @@ def rates(
 
 def candidates(graph: Graph, precision: str) -> list[str]:
     """The modules that may stay high: those with weights, in order; of fp8 those with products."""
-    found = {}
+    found: dict[str, None] = {}
     for node in graph.nodes:
         weighs = any(WEIGHT_KEY in source.meta for source in node.all_input_nodes)
         if node.op != "call_function" or not weighs:
@@ -83,7 +83,7 @@ class _OneLow(GraphInterpreter):
         self._low = n.op == "call_function" and module_path(n) == self._module
         return super().run_node(n)
 
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """The module's operations round what they read, and what they give."""
         if not self._low:
             return super().call_function(target, args, kwargs)

@@ -173,6 +173,6 @@ class _Lowering:
 def _dtype(node: fx.Node) -> torch.dtype | None:
     """The dtype of a floating-point tensor, or of a node's tensors."""
     value = node.meta.get("val")
-    several = isinstance(value, list | tuple)
-    first = next((v for v in value if isinstance(v, Tensor)), None) if several else value
+    several = value if isinstance(value, list | tuple) else [value]
+    first = next((v for v in several if isinstance(v, Tensor)), None)
     return first.dtype if isinstance(first, Tensor) and first.is_floating_point() else None

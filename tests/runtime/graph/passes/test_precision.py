@@ -59,7 +59,7 @@ def _calls(graph: Graph, name: str = "") -> list[torch.fx.Node]:
 
 def _conversions(graph: Graph) -> list[tuple[str, torch.dtype]]:
     """What is converted, by its name, and to what."""
-    return [(node.args[0].name, node.kwargs["dtype"]) for node in _calls(graph, "aten._to_copy")]  # type: ignore[union-attr]
+    return [(node.args[0].name, node.kwargs["dtype"]) for node in _calls(graph, "aten._to_copy")]  # type: ignore[union-attr, misc]
 
 
 def _dtypes(graph: Graph, name: str) -> list[torch.dtype]:
@@ -114,9 +114,9 @@ def test_the_passes_find_as_much_beside_high_modules(
     mixed = run_passes(graph, [*precision_passes("bf16", high), *PASSES_NATIVE])
     low = run_passes(graph, [*precision_passes("bf16"), *PASSES_NATIVE])
     count = [Counter(map(operator, _calls(each))) for each in (mixed, low)]
-    for found in count:
+    for operators in count:
         for conversion in CONVERSIONS:
-            found.pop(conversion, None)
+            operators.pop(conversion, None)
     assert count[0] == count[1]
     for weight, holder in mixed.weight_nodes().items():
         inside = any(weight.startswith(f"{path}.") for path in high)
@@ -200,7 +200,7 @@ def test_rule_3_one_conversion_serves_all(net: Callable[..., Graph]) -> None:
 
 
 def test_rule_3_a_weight_of_both_stays_float32(net: Callable[..., Graph], seed: int) -> None:
-    def function(m: Any, x: Tensor) -> Tensor:
+    def function(m: Any, x: Tensor) -> Any:
         return m.b(functional.linear(x, m.b.weight))
 
     graph = net(function)
