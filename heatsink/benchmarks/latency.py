@@ -108,13 +108,14 @@ class Bench:
         self._artefacts = Artefacts(workload)
         self._check = Check(self._artefacts, wanted.counts)
         self.results = Results(environment(), {})
+        self._layouts: dict[str, str] = {}
         self._done = 0
 
     def run(self) -> Results:
         """Measure everything that the time allows."""
-        layout = self._choose_layout()
-        self.results.settings.update(self._settings(layout))
         with _plain_float32():
+            seconds = {each: self._choose_layout(each) for each in self._wanted.precisions}
+            self.results.settings.update(self._settings(seconds))
             for precision in self._wanted.precisions:
                 for names in self._groups():
                     self._group(precision, names)
@@ -124,19 +125,22 @@ class Bench:
         self._keep(self.results)
         return self.results
 
-    def _choose_layout(self) -> dict[str, float]:
+    def _choose_layout(self, precision: str) -> dict[str, float]:
         """The eager modules' faster layout on this machine, which all of PyTorch's systems get."""
-        self._progress("choosing the layout of eager", 0, 1)
+        what = f"choosing the layout of eager, {precision}"
+        self._progress(what, 0, 1)
         rows = min(2, self._artefacts.workload.rows)
-        seconds = best_layout(self._artefacts, self._wanted.precisions[0], rows)
+        seconds = best_layout(self._artefacts, precision, rows)
         gc.collect()
-        self._progress("choosing the layout of eager", 1, 1)
-        best = min(seconds, key=lambda layout: seconds[layout])
-        # The modules of references are PyTorch's too.
-        self._artefacts.workload = replace(self._artefacts.workload, layout=best)
+        self._progress(what, 1, 1)
+        self._layouts[precision] = min(seconds, key=lambda layout: seconds[layout])
         return seconds
 
-    def _settings(self, layout: dict[str, float]) -> dict[str, Any]:
+    def _laid(self, precision: str) -> Workload:
+        """The workload in the layout of a precision."""
+        return replace(self._artefacts.workload, layout=self._layouts[precision])
+
+    def _settings(self, seconds: dict[str, dict[str, float]]) -> dict[str, Any]:
         workload, height_width = self._artefacts.workload, self._artefacts.size
         return {
             "model": Path(workload.model).name,
@@ -145,8 +149,8 @@ class Bench:
             "threads": workload.threads,
             "steps": workload.steps,
             "guidance": workload.guidance,
-            "layout": workload.layout,
-            "layout_seconds": layout,
+            "layout": dict(self._layouts),
+            "layout_seconds": seconds,
             "rounds": self._wanted.rounds or dict(ROUNDS),
             "together": self._wanted.together,
             "energy": self._meter.name,
@@ -160,6 +164,8 @@ class Bench:
         return [(first, other) for other in others]
 
     def _group(self, precision: str, names: Sequence[str]) -> None:
+        # The modules of references are PyTorch's too.
+        self._artefacts.workload = self._laid(precision)
         systems = self._made(precision, names)
         for level, counts in self._wanted.counts.items():
             table = self.results.table(level, precision)
@@ -304,7 +310,7 @@ class Bench:
             try:
                 self.results.costs.append(
                     latency_process.measure(
-                        self._artefacts.workload, name, precision, level, count, left
+                        self._laid(precision), name, precision, level, count, left
                     )
                 )
             except HeatsinkError as error:

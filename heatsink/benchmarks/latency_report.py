@@ -115,9 +115,10 @@ def setup_line(results: Results) -> str:
     settings, machine = results.settings, results.environment
     cpu = settings["device"] == "cpu"
     where = f"{machine['processor']}, {settings['threads']} threads" if cpu else machine["device"]
+    layouts = " and ".join(f"{each} in {name}" for name, each in settings["layout"].items())
     return (
         f"{where}; load before the run {machine['load']}. Generations: {settings['steps']} steps, "
-        f"guidance {settings['guidance']:g}. PyTorch's modules are {settings['layout']}, the "
+        f"guidance {settings['guidance']:g}. PyTorch's modules are {layouts}, the "
         f"faster here. Energy: {settings['energy']}."
     )
 

@@ -130,14 +130,11 @@ def check_schema(document: dict[str, Any]) -> None:
     }  # fmt: skip
     settings = document["settings"]
     assert settings["threads"] == 1
-    assert (
-        settings["layout"]
-        in settings["layout_seconds"].keys()
-        == {
-            "contiguous",
-            "channels_last",
-        }
-    )
+    assert settings["layout"].keys() == settings["layout_seconds"].keys()
+    assert settings["layout"]
+    for precision, seconds in settings["layout_seconds"].items():
+        assert seconds.keys() == {"contiguous", "channels_last"}
+        assert seconds[settings["layout"][precision]] == min(seconds.values())
     for table in document["tables"]:
         assert table.keys() == {"level", "precision", "unit", "rows"}
         for each in table["rows"]:
@@ -353,7 +350,7 @@ def test_a_fresh_process_that_fails_says_why(workload: Workload) -> None:
 def test_tables_notes_and_picture(tmp_path: Path) -> None:
     results = Results({"processor": "a processor", "load": 0.1, "device": "cpu"}, {
         "model": "m", "size": "64x64", "device": "cpu", "threads": 2, "steps": 20,
-        "guidance": 4.0, "layout": "contiguous", "energy": "not available here",
+        "guidance": 4.0, "layout": {"fp32": "contiguous"}, "energy": "not available here",
     })  # fmt: skip
     for precision in ("fp32", "bf16"):
         table = results.table("unet", precision)
