@@ -7,7 +7,7 @@ precision, in turn: the native step (what depends on text and time alone was com
 the whole in OpenVINO, which is left out where it can't be imported. With one
 thread seconds are those of the process on the processor, so that other programs count less; with
 more, the clock's. Then each is profiled by class of operator: ours call by call, OpenVINO by its
-own counters (of wall time; it fuses across classes, so compare sums).
+own counters (of wall time; it fuses across classes, so compare sums), which are off in the race.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import gc
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -25,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cpu_products import ceilings
 from torch import Tensor, fx
 
 from heatsink import console
@@ -46,10 +46,15 @@ from heatsink.runtime.model import Model
 from heatsink.runtime.native.program import Program
 from heatsink.runtime.text import Tokenizer
 
+# Python's safe path leaves a script's own folder out.
+sys.path.append(str(Path(__file__).resolve().parent))
+from cpu_products import ceilings  # type: ignore[import-not-found]
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 HINTS = {"fp32": "f32", "bf16": "bf16"}
 # Of the largest value, between two that compute in this precision.
 ALLOWED = {"fp32": 1e-3, "bf16": 0.2}
+SETTLE = 0.02
 Seconds = dict[str, list[float]]
 
 
@@ -138,7 +143,8 @@ def class_of(node: fx.Node, costs: NodeCosts) -> str:
         rows = costs.shape(node)[:-1]
         return f"linear{gated}, {torch.Size(rows[1:]).numel()} tokens"
     if name == "attention":
-        queries, keys = (costs.shape(node.args[i])[1] for i in range(2))
+        given: Any = node.args
+        queries, keys = (costs.shape(given[i])[1] for i in range(2))
         return f"attention {queries}x{keys}, d {costs.shape(node)[3]}"
     return name
 
@@ -146,7 +152,9 @@ def class_of(node: fx.Node, costs: NodeCosts) -> str:
 class OpenVino:
     """The plain graph, as this package exports it, compiled for one batch size."""
 
-    def __init__(self, path: Path, given: Mapping[str, Tensor], dtype: str, threads: int) -> None:
+    def __init__(
+        self, path: Path, given: Mapping[str, Tensor], dtype: str, threads: int, *, counted: bool
+    ) -> None:
         import openvino
 
         core = openvino.Core()
@@ -156,9 +164,13 @@ class OpenVino:
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": HINTS[dtype],
             "INFERENCE_NUM_THREADS": threads,
-            "PERF_COUNT": True,
+            "PERF_COUNT": counted,
         }
-        self._request = core.compile_model(model, "CPU", hints).create_infer_request()
+        compiled = core.compile_model(model, "CPU", hints)
+        taken = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+        if taken != HINTS[dtype]:
+            raise HeatsinkError(f"OpenVINO was asked for {HINTS[dtype]} and computes in {taken}")
+        self._request = compiled.create_infer_request()
         self._given = {name: value.float().numpy() for name, value in given.items()}
 
     def run(self) -> Tensor:
@@ -181,23 +193,22 @@ def race(
     seconds: Seconds = {name: [] for name in steps}
     for _ in range(rounds):
         for name, run in steps.items():
+            # Threads of the one before spin for a while, and would share the cores with this one.
+            time.sleep(SETTLE)
             begun = clock()
             run()
             seconds[name].append(clock() - begun)
     return seconds
 
 
-def openvino_of(graph: Graph, given: Mapping[str, Tensor], dtype: str, threads: int) -> Any:
-    """OpenVINO's, or None where it is not there."""
+def have_openvino() -> bool:
+    """Whether it can be imported; if not, that is said."""
     try:
         import openvino  # noqa: F401
     except ImportError:
         print("OpenVINO is left out: it can't be imported")
-        return None
-    with tempfile.TemporaryDirectory() as folder, console.quiet_libraries():
-        path = Path(folder) / "unet.onnx"
-        to_onnx(run_passes(graph, PASSES_ONNX), path)
-        return OpenVino(path, given, dtype, threads)
+        return False
+    return True
 
 
 def check(out: Tensor, wanted: Tensor, dtype: str) -> None:
@@ -252,29 +263,48 @@ def main() -> None:
     options = arguments()
     threads, dtype = options.threads, DTYPES[options.dtype]
     torch.set_num_threads(threads)
-    clock = time.process_time if threads == 1 else time.perf_counter
     graph = opened(options.config, dtype)
     given = drawn(graph, options.rows)
     own = {name: value.to(graph.inputs[name].dtype) for name, value in given.items()}
     native = Native(run_passes(graph, PASSES_NATIVE), options.rows, own)
+    with tempfile.TemporaryDirectory() as folder:
+        path = None
+        if not options.no_openvino and have_openvino():
+            path = Path(folder) / "unet.onnx"
+            plain = graph if dtype == torch.float32 else opened(options.config, torch.float32)
+            with console.quiet_libraries():
+                to_onnx(run_passes(plain, PASSES_ONNX), path)
+            del plain
+        del graph
+        gc.collect()
+        measure(native, path, given, options)
+
+
+def measure(
+    native: Native, path: Path | None, given: Mapping[str, Tensor], options: argparse.Namespace
+) -> None:
+    """The race, then the profiles; `path` is OpenVINO's file."""
+    threads = options.threads
+    clock = time.process_time if threads == 1 else time.perf_counter
     steps: dict[str, Callable[[], Any]] = {"native, step": native.program.replay}
-    other = None
-    if not options.no_openvino:
-        plain = graph if dtype == torch.float32 else opened(options.config, torch.float32)
-        other = openvino_of(plain, given, options.dtype, threads)
-        del plain
-    del graph
-    gc.collect()
     ceiling = ceilings(threads, time.thread_time if threads == 1 else time.perf_counter)
     print(f"{processor()}, {_native.instruction_set()}, {threads} threads, {options.dtype}")
     print(f"the units' GFLOP/s: {ceiling[options.dtype]:.0f}; load {os.getloadavg()[0]:.1f}")
-    if other is not None:
+    if path is not None:
+        other = OpenVino(path, given, options.dtype, threads, counted=False)
         check(native.out, other.run(), options.dtype)
         steps["OpenVINO, whole"] = other.run
+        del other
     native.program.replay()
     report(race(steps, options.rounds, clock), list(steps)[-1])
     report_classes(native.profile(options.rounds, clock), ceiling[options.dtype])
-    if other is not None:
+    if path is not None:
+        steps.clear()
+        gc.collect()
+        other = OpenVino(path, given, options.dtype, threads, counted=True)
+        # The first run does what is done once.
+        other.run()
+        other.run()
         report_nodes(other.profile())
 
 

@@ -5,12 +5,14 @@
 Native: the passes of `runtime/graph/passes/pipeline.py` and this package's CPU ops on one planned
 arena; the step alone, with what depends on text and time computed before (`step`), and the whole
 (`whole`). ONNX Runtime: the file that `heatsink build` writes, float32. Diffusers in its faster
-layout. Each is compared with float64 first; then all run in turn, and times are multiples of
-ONNX Runtime's in the same round.
+layout. Each is compared with float64 first; then all run in turn, in another order every round and
+with a pause before each, and times are multiples of ONNX Runtime's in the same round. That computes
+in float32, so the rows in bf16 are no comparison at equal precision.
 """
 
 from __future__ import annotations
 
+import random
 import statistics
 import tempfile
 import time
@@ -39,6 +41,8 @@ from heatsink.runtime.text import Tokenizer
 Step = Callable[[], Any]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Of the largest value: sums of another order in fp32, eight bits of mantissa through a network.
+# Threads of a library spin for a while after its work, and would share the cores with the next.
+SETTLE = 0.02
 ALLOWED = {"fp32": 1e-4, "bf16": 0.15}
 
 
@@ -147,8 +151,9 @@ def _measure(
         check(f"native {dtype}", dtype, out, wanted)
         steps[f"native {dtype}, step"], steps[f"native {dtype}, whole"] = step, whole
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds + 2):
-        for name, run in steps.items():
+    for turn in range(rounds + 2):
+        for name, run in random.Random(turn).sample(list(steps.items()), len(steps)):
+            time.sleep(SETTLE)
             begun = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - begun)

@@ -35,7 +35,7 @@ from heatsink.runtime.model_control import check_name
 
 Progress = Callable[[str, int, int], None]
 MAX_BATCH = 256
-# What stays float32 by default in a lower precision, by component (docs/performance.md measures).
+# What stays float32 by default in a lower precision, by component (`bench/precision.py` measures).
 HIGH: Mapping[str, Sequence[str]] = {}
 # What tokenizers read; a tokenizer's folder may be a whole repository with weights beside them.
 TOKENIZER_FILES = {

@@ -5,6 +5,7 @@ Both get the same model, prompts, noise, steps and batch.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 # The pictures of both must agree to this before a time counts: they start from the same noise.
 MIN_PSNR = 50.0
+_SETTLE = 0.02
+_LAYOUT_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,8 @@ def _run_diffusers(
 
 
 def _timed(run: Callable[[], Any]) -> float:
+    # Threads of the one before spin for a while, and would share the cores with this one.
+    time.sleep(_SETTLE)
     begun = time.perf_counter()
     run()
     return time.perf_counter() - begun
@@ -146,7 +151,7 @@ def compare(
     spec = engine.spec
     factor = spec.vae_factor
     shape = (spec.latent_channels, spec.default_size[0] // factor, spec.default_size[1] // factor)
-    total, done = len(batches) * (rounds + 1) * 2 + 4, 0
+    total, done = len(batches) * (rounds + 1) * 2 + 2 * _LAYOUT_ROUNDS, 0
 
     def tick() -> None:
         nonlocal done
@@ -193,14 +198,18 @@ def compare(
 
 
 def _best_layout(pipe: Any, run: Callable[[], Any], tick: Callable[[], None]) -> str:
-    """The faster memory layout of the baseline on this machine, left in place."""
-    seconds = {}
-    for layout in ("contiguous", "channels_last"):
-        _set_layout(pipe, layout)
-        run()
-        tick()
-        seconds[layout] = min(_timed(run) for _ in range(3))
-        tick()
+    """The faster memory layout of the baseline on this machine, left in place.
+
+    They take turns, so that what else the machine does for a while decides nothing.
+    """
+    seconds = dict.fromkeys(("contiguous", "channels_last"), math.inf)
+    for _ in range(_LAYOUT_ROUNDS):
+        for layout, before in seconds.items():
+            _set_layout(pipe, layout)
+            # Untimed: the weights were just moved.
+            run()
+            seconds[layout] = min(before, _timed(run))
+            tick()
     best = min(seconds, key=lambda layout: seconds[layout])
     _set_layout(pipe, best)
     return best
