@@ -38,6 +38,8 @@ def check_options(ports: tuple[int, int] | None, which: str) -> None:
     """
     if which not in WHICH:
         raise InvalidRequest(f"ports: expected one of {', '.join(WHICH)}, got {which!r}")
+    if ports is None and which != WHICH[0]:
+        raise InvalidRequest(f"ports: {which!r} says which layers get ports, and adapters none")
     for name, value, most in zip(
         ("slots", "rank"), ports or (), (MAX_SLOTS, MAX_RANK), strict=False
     ):

@@ -86,6 +86,7 @@ def refused(outcome: Outcome, message: str, code: int = 2) -> None:
         (["--adapters", "0x16"], "InvalidRequest: adapters: expected 1 to 4096 slots, got 0"),
         (["--adapters", "4x513"], "InvalidRequest: adapters: expected 1 to 512 rank, got 513"),
         (["--ports", "some"], "InvalidRequest: ports: expected one of all, linear, attention"),
+        (["--ports", "linear"], "InvalidRequest: ports: 'linear' says which layers get ports"),
         (["--controlnet", "folder"], "ModelError: controlnet 'folder': there is no folder folder"),
         (["--controlnet", "A=b"], "InvalidRequest: controlnet: expected a name of up to 40 of"),
         (["--arch", "sm90"], "NotBuilt: --arch sm90: not built yet"),

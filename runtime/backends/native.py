@@ -107,7 +107,11 @@ class NativeSession:
         inputs: Mapping[str, Array],
         keys: Mapping[str, Sequence[Key]] | None = None,
     ) -> dict[str, Array]:
-        with _no_memory(f"run {self.name} on {_shapes(inputs)}"), _threads(self._threads):
+        with (
+            self._component.workspace.lock,
+            _no_memory(f"run {self.name} on {_shapes(inputs)}"),
+            _threads(self._threads),
+        ):
             found = component.run(_tensors(inputs), keys)
         return {name: _array(value) for name, value in found.items()}
 
@@ -118,7 +122,11 @@ class NativeSession:
         keys: Mapping[str, Sequence[Key]] | None = None,
     ) -> None:
         times = [torch.from_numpy(each) for each in timesteps]
-        with _no_memory(f"prepare {self.name} for {_shapes(inputs)}"), _threads(self._threads):
+        with (
+            self._component.workspace.lock,
+            _no_memory(f"prepare {self.name} for {_shapes(inputs)}"),
+            _threads(self._threads),
+        ):
             self._component.prepare(_tensors(inputs), times, keys)
 
 
@@ -155,7 +163,10 @@ def _no_memory(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """PyTorch's threads are a setting of the process: ours holds while the component runs."""
+    """PyTorch's threads are a setting of the process: ours holds while the component runs.
+
+    Hold the workspace's lock: another thread's call would read ours as what was there before it.
+    """
     before = torch.get_num_threads()
     if count in (0, before):
         yield

@@ -90,12 +90,13 @@ class PortedNativeSession(NativeSession):
         # Nothing is kept of a bank that was brought along, so there a slot's number will do.
         ports, keys = self._ports(given, content=str if brought else self._bank.content)
         self._check_names(given)
-        component = self._component
         if brought:
-            component = self._bring(brought)
-        elif not self._bank.tensors and bool((ports[SLOTS_INPUT] >= 0).any()):
+            # Another thread may bring another bank, or let go of this one.
+            with self._component.workspace.lock:
+                return self._run(self._bring(brought), {**given, **ports}, keys)
+        if not self._bank.tensors and bool((ports[SLOTS_INPUT] >= 0).any()):
             raise InvalidRequest(f"{self.name}: rows have adapters, and there is no bank")
-        return self._run(component, {**given, **ports}, keys)
+        return self._run(self._component, {**given, **ports}, keys)
 
     def prepare(self, inputs: Mapping[str, Array], timesteps: Sequence[Array]) -> None:
         """As `NativeSession.prepare`, with the rows' adapters."""
@@ -105,8 +106,9 @@ class PortedNativeSession(NativeSession):
 
     def forget(self) -> None:
         """Let go of what is kept of earlier runs, and of a bank that was brought along."""
-        super().forget()
-        self._brought = None
+        with self._component.workspace.lock:
+            super().forget()
+            self._brought = None
 
     def _ports(
         self,

@@ -6,6 +6,7 @@ import math
 
 from torch import fx
 
+from heatsink.kernels import _native
 from heatsink.runtime.graph.cost import VIEWS
 from heatsink.runtime.graph.graph import Graph
 from heatsink.runtime.graph.passes.edit import operator, traced
@@ -19,6 +20,11 @@ _EXACT = {
     "aten.le", "aten.mul", "aten.reshape", "aten.sigmoid", "aten.silu", "aten.sin", "aten.stack",
     "aten.sub", "aten.to", "aten.upsample_nearest2d",
 }  # fmt: skip
+# This package's that are PyTorch's own products where the C++ ops are missing.
+_PRODUCTS = {
+    f"heatsink.{name}"
+    for name in ("attention", "conv2d", "linear", "lora_linear", "port_linear", "row_port")
+}
 # ATen computes these in vectors, and what is left at the end of all elements (and of each thread's
 # share, from so many elements on) by another approximation.
 _IN_VECTORS = {"aten.gelu", "aten.sigmoid", "aten.silu"}
@@ -60,4 +66,6 @@ def _whole_vectors(node: fx.Node, rows: int) -> bool:
 
 def _exact(name: str) -> bool:
     # What has no name takes a piece of a tuple, or a number.
-    return not name or name in _EXACT or name.startswith("heatsink.")
+    if not name or name in _EXACT:
+        return True
+    return name.startswith("heatsink.") and (name not in _PRODUCTS or _native.available())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -217,6 +218,25 @@ def test_threads_hold_while_a_component_runs(
     session = open_session(read_manifest(sd1_folder), sd1_folder, "vae_decoder", threads=wanted)
     session.run({"latents": np.zeros((1, 4, 8, 8), np.float32)})
     assert (seen, torch.get_num_threads()) == ([wanted], before)
+
+
+def test_threads_are_set_while_no_other_call_runs(
+    sd1_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace, told = Workspace(), []
+    session = open_session(
+        read_manifest(sd1_folder), sd1_folder, "vae_decoder", threads=3, workspace=workspace
+    )
+    monkeypatch.setattr(torch, "set_num_threads", told.append)
+    latents = np.zeros((1, 4, 8, 8), np.float32)
+    worker = threading.Thread(target=session.run, args=({"latents": latents},))
+    with workspace.lock:
+        worker.start()
+        worker.join(0.3)
+        assert worker.is_alive()
+        assert told == []
+    worker.join()
+    assert told == [3, torch.get_num_threads()]
 
 
 def test_a_refusal_says_what_is_another_here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

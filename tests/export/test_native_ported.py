@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from heatsink.export import exactness, ported_exactness
 from heatsink.export.manifest import FILE_NAME, Manifest, read_manifest
 from heatsink.export.opening import open_session
 from heatsink.export.port_table import read_table
+from heatsink.runtime.backends.native_ports import PortedNativeSession
 from heatsink.runtime.engine import Engine
 from heatsink.runtime.errors import EngineMismatch, InvalidRequest
 from heatsink.runtime.graph.phases import Phase
+from heatsink.runtime.native.component import Workspace
 from heatsink.runtime.native.program import Program
 
 STEPS = 3
@@ -149,6 +152,36 @@ def test_a_bank_that_is_brought_along_leaves_the_engines_own_alone(
     inputs = manifest.components["unet"].inputs
     ported_exactness.check(unet._open(), inputs, layout, part.counts, part.known, 2, 4)
     assert pictures(sd1_styled_engine, ["A"]) == [before]
+
+
+def test_banks_that_two_threads_bring_along_do_not_mix(
+    sd1_ported_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = read_manifest(sd1_ported_folder)
+    workspace, brought = Workspace(), []
+    session: Any = open_session(
+        manifest, sd1_ported_folder, "text_encoder", threads=1, ported=True, workspace=workspace
+    )
+    layout = read_table(sd1_ported_folder, "adapters.json")[0]["text_encoder"]
+    values = exactness.probe(manifest.components["text_encoder"].inputs, 1, 1)
+    adapted = ported_exactness.port_inputs([[(0, 1.0)]], 4)
+    bring = PortedNativeSession._bring
+
+    def watch(self: Any, bank: Mapping[str, Any]) -> Any:
+        brought.append(bank)
+        return bring(self, bank)
+
+    monkeypatch.setattr(PortedNativeSession, "_bring", watch)
+    bank = ported_exactness.bank_probe(layout, [0], 1)
+    worker = threading.Thread(target=session.run, args=({**values, **bank, **adapted},))
+    with workspace.lock:
+        worker.start()
+        worker.join(0.3)
+        # Another call runs on the bank that it brought.
+        assert brought == []
+        assert worker.is_alive()
+    worker.join()
+    assert len(brought) == 1
 
 
 def test_rows_with_adapters_and_no_bank_are_refused(sd1_ported_folder: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from heatsink.kernels import _native
 from heatsink.runtime.errors import InvalidRequest
 from heatsink.runtime.graph.capture import capture_module
 from heatsink.runtime.graph.graph import Graph, TensorSpec
@@ -149,6 +150,7 @@ def test_values_do_not_depend_on_what_was_asked_for_beside_them(timed: Graph) ->
     assert component._parts[Phase.SCHEDULE].batches == [16]
 
 
+@pytest.mark.skipif(not _native.available(), reason="products are PyTorch's without the C++ ops")
 def test_phases_run_in_few_sizes(timed: Graph) -> None:
     graph = run_passes(timed, PASSES_NATIVE)
     assert inexact(graph) == []
@@ -160,6 +162,16 @@ def test_phases_run_in_few_sizes(timed: Graph) -> None:
     assert torch.equal(found[0], alone)
     assert component._parts[Phase.SCHEDULE].batches == [5]
     assert component.uses()[Phase.SCHEDULE].rows == 9
+
+
+def test_products_of_pytorch_are_no_ops_of_ours(
+    timed: Graph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = split(run_passes(timed, PASSES_NATIVE)).graphs[Phase.SCHEDULE]
+    monkeypatch.setattr(_native, "available", lambda: True)
+    assert inexact(graph) == []
+    monkeypatch.setattr(_native, "available", lambda: False)
+    assert inexact(graph) == ["heatsink.linear"]
 
 
 class Activated(nn.Module):
