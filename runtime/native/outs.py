@@ -120,7 +120,7 @@ def _linear(args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Tensor) -> St
     op = torch.ops.heatsink.linear.default
     x, weight, *rest = _positional(op, args, kwargs)
     if x.device.type == "cuda":
-        return linear_step(x, weight, *rest, out)
+        return linear_step(x, weight, *rest, out=out)
     if x.dtype not in _PRODUCTS or x.device.type != "cpu":
         return None
     into: Any = torch.ops.heatsink.linear_packed.default
@@ -132,7 +132,7 @@ def _conv2d(args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Tensor) -> St
     op = torch.ops.heatsink.conv2d.default
     x, x2, weight, bias, residual, sample_add, *window, activation = _positional(op, args, kwargs)
     if x.device.type == "cuda":
-        return conv2d_step(*_positional(op, args, kwargs), out)
+        return conv2d_step(*_positional(op, args, kwargs), out=out)
     images = [value for value in (x, x2, residual, out) if value is not None]
     if x.dtype not in _PRODUCTS or x.device.type != "cpu" or not all(map(_channels_last, images)):
         return None
