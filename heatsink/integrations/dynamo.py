@@ -192,12 +192,13 @@ class Lowered:
             if isinstance(value, Tensor) and not self._given[index].weight
         }
         values.clear()
-        found = component.program(1).run(inputs)
         done = {}
-        for name, value in found.items():
-            # As they were traced: what comes after the graph may count on it.
-            out = torch.empty_strided(
-                value.shape, converted.strides[name], dtype=value.dtype, device=value.device
-            )
-            done[name] = out.copy_(value)
+        with component.workspace.turn():
+            for name, value in component.program(1).run(inputs).items():
+                # As they were traced: what comes after the graph may count on it.
+                out = torch.empty_strided(
+                    value.shape, converted.strides[name], dtype=value.dtype, device=value.device
+                )
+                done[name] = out.copy_(value)
+            component.workspace.lend(done.values())
         return [done[r.name] if isinstance(r, Result) else r for r in converted.results]

@@ -62,6 +62,8 @@ _OTHERS: dict[Any, Any] = {
     aten.softmax.int: torch.softmax,
     aten.index.Tensor: aten.index.Tensor_out,
 }
+# On a CUDA device.
+_LIBRARY: dict[str, Callable[..., Step | None]] = {"linear": linear_step, "conv2d": conv2d_step}
 _PRODUCTS = (torch.float32, torch.bfloat16)
 _OURS = ("attention", "geglu", "group_norm_silu", "layer_norm", "rms_norm", "silu_mul")
 
@@ -120,7 +122,7 @@ def _linear(args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Tensor) -> St
     op = torch.ops.heatsink.linear.default
     x, weight, *rest = _positional(op, args, kwargs)
     if x.device.type == "cuda":
-        return linear_step(x, weight, *rest, out=out)
+        return _LIBRARY["linear"](x, weight, *rest, out)
     if x.dtype not in _PRODUCTS or x.device.type != "cpu":
         return None
     into: Any = torch.ops.heatsink.linear_packed.default
@@ -132,7 +134,7 @@ def _conv2d(args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Tensor) -> St
     op = torch.ops.heatsink.conv2d.default
     x, x2, weight, bias, residual, sample_add, *window, activation = _positional(op, args, kwargs)
     if x.device.type == "cuda":
-        return conv2d_step(*_positional(op, args, kwargs), out=out)
+        return _LIBRARY["conv2d"](*_positional(op, args, kwargs), out)
     images = [value for value in (x, x2, residual, out) if value is not None]
     if x.dtype not in _PRODUCTS or x.device.type != "cpu" or not all(map(_channels_last, images)):
         return None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -78,9 +78,13 @@ class Workspace:
     def copies(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copies of what lies in the arena; they are the caller's own. In a turn."""
         made = {name: value.clone() for name, value in values.items()}
-        if self.graphs:
-            self.graphs.lend(made.values())
+        self.lend(made.values())
         return made
+
+    def lend(self, values: Iterable[Tensor]) -> None:
+        """Give the caller of a turn what was made in it; memory stays until its stream is done."""
+        if self.graphs:
+            self.graphs.lend(values)
 
     def settle(self) -> None:
         """Wait for what is queued on the stream, before graphs go that may be running."""

@@ -85,11 +85,14 @@ def test_a_replay_allocates_nothing(name: str, graph: Graph, cases: dict[str, An
     program = _program(graph, 2)
     given = _on_device(cases[name].inputs(2, seed=1))
 
+    def count() -> int:
+        return int(torch.cuda.memory_stats(DEVICE)["allocation.all.allocated"])
+
     def allocations(call: Callable[[], Any]) -> int:
-        before = torch.cuda.memory_stats(DEVICE)["allocation.all.allocated"]
+        before = count()
         call()
         torch.cuda.synchronize()
-        return int(torch.cuda.memory_stats(DEVICE)["allocation.all.allocated"]) - before
+        return count() - before
 
     program.run(given)
     # What the calls allocate, they allocate each time.
@@ -115,7 +118,7 @@ def test_the_peak_is_the_plans_and_the_workspaces(
     torch.cuda.reset_peak_memory_stats(DEVICE)
     program.run(given)
     torch.cuda.synchronize()
-    found = torch.cuda.max_memory_allocated(DEVICE) - before - constants
+    found = int(torch.cuda.max_memory_allocated(DEVICE)) - before - constants
     # The arena's size is rounded up to 512 bytes; the pool of graphs is apart, and told apart.
     assert captures.pool_bytes > 0 or not program.unplanned
     limit = 1.1 * program.memory.lower_bound + captures.library_bytes + 512

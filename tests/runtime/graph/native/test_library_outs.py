@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +13,12 @@ import torch
 from torch import Tensor
 
 import heatsink.kernels
+from heatsink.runtime.graph.graph import Graph
+from heatsink.runtime.graph.passes import run_passes
+from heatsink.runtime.graph.passes.pipeline import PASSES_NATIVE
+from heatsink.runtime.native import library_outs, outs
 from heatsink.runtime.native.library_outs import conv2d_step, linear_step
+from heatsink.runtime.native.program import Program
 
 heatsink.kernels.load()
 ROWS = (2, 5)
@@ -66,6 +74,54 @@ def test_what_no_operator_writes_is_left_to_the_op() -> None:
     image = _draw(1, 2, 4, 6, 6).contiguous(memory_format=torch.channels_last)
     kernel, result = _draw(2, 4, 4, 3, 3), torch.empty_like(image)
     assert conv2d_step(image, None, kernel, None, None, None, 1, 1, 1, "", result) is None
+
+
+@pytest.fixture
+def cudnn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Another convolution in the place of cuDNN's, by the names of its schema; shapes it gave."""
+    names = [each.name for each in torch.ops.aten.cudnn_convolution.out._schema.arguments]
+    found: list[tuple[int, ...]] = []
+
+    def convolution(*values: Any, out: Tensor) -> None:
+        given = dict(zip(names, values, strict=False))
+        assert len(given) == len(names) - 1
+        assert given["weight"].is_contiguous(memory_format=torch.channels_last)
+        window = {name: given[name] for name in ("stride", "padding", "dilation", "groups")}
+        out.copy_(torch.nn.functional.conv2d(given["self"], given["weight"], None, **window))
+        found.append(tuple(out.shape))
+
+    fakes = SimpleNamespace(cudnn_convolution=SimpleNamespace(out=convolution))
+    monkeypatch.setattr(library_outs, "aten", fakes)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    return found
+
+
+def _of_library(op: Any) -> outs.MakeStep:
+    """What a program makes of a product on a CUDA device."""
+    make = outs._LIBRARY[op._schema.name.removeprefix("heatsink::")]
+    return lambda args, kwargs, out: make(*outs._positional(op, args, kwargs), out)
+
+
+@pytest.mark.parametrize("name", ["unet", "vae_decoder"])
+def test_a_program_of_libraries_products_gives_the_graphs_results(
+    name: str,
+    cases: dict[str, Any],
+    graphs: Callable[[str], Graph],
+    cudnn: list[tuple[int, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for op in (torch.ops.heatsink.linear.default, torch.ops.heatsink.conv2d.default):
+        monkeypatch.setitem(outs.OUTS, op, _of_library(op))
+    graph = run_passes(graphs(name), PASSES_NATIVE)
+    program = Program(graph, 2, {n: w.load() for n, w in graph.weights.items()})
+    left = Counter(target for target, _ in program.unplanned)
+    convolutions = Counter(str(node.target) for node in graph.nodes)["heatsink.conv2d.default"]
+    given = cases[name].inputs(2, seed=3)
+    plain, exact = graph.run(given), graph.run(given, dtype=torch.float64)
+    for output, value in program.run(given).items():
+        error, own = ((v - exact[output]).abs().max() for v in (value, plain[output]))
+        assert error <= 2 * (own + torch.finfo(torch.float32).eps * exact[output].abs().max())
+    assert len(cudnn) == convolutions - left["heatsink.conv2d.default"] > convolutions // 2
 
 
 @pytest.mark.gpu
