@@ -21,8 +21,8 @@ from heatsink.runtime.backends.native_ports import PortedNativeSession
 from heatsink.runtime.engine import Engine
 from heatsink.runtime.errors import EngineMismatch, InvalidRequest
 from heatsink.runtime.graph.phases import Phase
-from heatsink.runtime.native.component import Workspace
 from heatsink.runtime.native.program import Program
+from heatsink.runtime.native.workspace import Workspace
 
 STEPS = 3
 
