@@ -224,7 +224,7 @@ def test_threads_are_set_while_no_other_call_runs(
     sd1_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workspace = Workspace()
-    told: list[str] = []
+    told: list[int] = []
     session = open_session(
         read_manifest(sd1_folder), sd1_folder, "vae_decoder", threads=3, workspace=workspace
     )

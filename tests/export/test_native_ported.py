@@ -158,7 +158,8 @@ def test_banks_that_two_threads_bring_along_do_not_mix(
     sd1_ported_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest = read_manifest(sd1_ported_folder)
-    workspace, brought = Workspace(), []
+    workspace = Workspace()
+    brought: list[Any] = []
     session: Any = open_session(
         manifest, sd1_ported_folder, "text_encoder", threads=1, ported=True, workspace=workspace
     )
