@@ -16,7 +16,7 @@ import warnings
 
 import torch  # noqa: F401 - the extension's own libraries, which must be there first
 
-INTERFACE = 3
+INTERFACE = 4
 
 
 @functools.cache
