@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import json
 import os
 import statistics
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cpu_products import ceilings
+from cpu_products import ceilings  # type: ignore[import-not-found]  # beside this file
 from torch import Tensor, fx
 
 from heatsink import console
@@ -139,7 +140,8 @@ def class_of(node: fx.Node, costs: NodeCosts) -> str:
         rows = costs.shape(node)[:-1]
         return f"linear{gated}, {torch.Size(rows[1:]).numel()} tokens"
     if name == "attention":
-        queries, keys = (costs.shape(node.args[i])[1] for i in range(2))
+        tokens = [costs.shape(source) for source in node.all_input_nodes[:2]]
+        queries, keys = (shape[1] for shape in tokens)
         return f"attention {queries}x{keys}, d {costs.shape(node)[3]}"
     return name
 
@@ -148,9 +150,7 @@ class OpenVino:
     """The plain graph, as this package exports it, compiled for one batch size."""
 
     def __init__(self, path: Path, given: Mapping[str, Tensor], dtype: str, threads: int) -> None:
-        import openvino
-
-        core = openvino.Core()
+        core = importlib.import_module("openvino").Core()
         model = core.read_model(str(path))
         model.reshape({name: list(value.shape) for name, value in given.items()})
         hints = {
@@ -190,9 +190,7 @@ def race(
 
 def openvino_of(graph: Graph, given: Mapping[str, Tensor], dtype: str, threads: int) -> Any:
     """OpenVINO's, or None where it is not there."""
-    try:
-        import openvino  # noqa: F401
-    except ImportError:
+    if importlib.util.find_spec("openvino") is None:
         print("OpenVINO is left out: it can't be imported")
         return None
     with tempfile.TemporaryDirectory() as folder, console.quiet_libraries():
