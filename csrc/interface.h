@@ -2,7 +2,7 @@
 
 // Changes whenever an op's schema or meaning does; kernels/_native.py refuses any other number, so
 // that an extension left over from an older checkout is never used.
-#define HEATSINK_INTERFACE 4
+#define HEATSINK_INTERFACE 5
 
 // A function marked so is compiled for the baseline, AVX2 and AVX-512 and chosen when the library
 // is loaded. Bits cannot differ: the code is integer or plain IEEE, and contraction is off.

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "float_tensor.h"
+#include "pages.h"
 #include "processor.h"
 #include "product_run.h"
 #include "scratch.h"
@@ -188,6 +189,8 @@ Tensor packed(const Tensor& weight, bool geglu) {
   const int64_t columns = weight.size(0);
   const int64_t depth = weight.numel() / columns;
   Tensor out = torch::stable::new_empty(weight, {packed_size(bfloat16, geglu, columns, depth)});
+  prefer_large_pages(out.mutable_data_ptr(),
+                     static_cast<int64_t>(out.numel() * out.element_size()));
   pack(bfloat16, geglu, columns, depth, static_cast<const char*>(dense.const_data_ptr()),
        static_cast<char*>(out.mutable_data_ptr()));
   return out;

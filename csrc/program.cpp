@@ -11,6 +11,7 @@
 #include <mutex>
 #include <string>
 
+#include "pages.h"
 #include "recorder.h"
 
 namespace heatsink {
@@ -88,6 +89,14 @@ void program_free(int64_t program) {
   programs().erase(program);
 }
 
+// Of a dense tensor's memory, which holds nothing yet.
+void program_memory(torch::stable::Tensor memory) {
+  STD_TORCH_CHECK(memory.is_cpu() && memory.is_contiguous(),
+                  "memory: expected a dense tensor on the CPU");
+  heatsink::prefer_large_pages(memory.mutable_data_ptr(),
+                               static_cast<int64_t>(memory.numel() * memory.element_size()));
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(heatsink, CompositeExplicitAutograd, m) {
@@ -95,5 +104,6 @@ STABLE_TORCH_LIBRARY_IMPL(heatsink, CompositeExplicitAutograd, m) {
   m.impl("program_record", TORCH_BOX(&program_record));
   m.impl("program_close", TORCH_BOX(&program_close));
   m.impl("program_replay", TORCH_BOX(&program_replay));
+  m.impl("program_memory", TORCH_BOX(&program_memory));
   m.impl("program_free", TORCH_BOX(&program_free));
 }

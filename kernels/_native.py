@@ -16,7 +16,7 @@ import warnings
 
 import torch  # noqa: F401 - the extension's own libraries, which must be there first
 
-INTERFACE = 4
+INTERFACE = 5
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from heatsink.kernels import _native
 
@@ -21,7 +22,16 @@ torch.library.define("heatsink::program_record", "(int program, str label) -> ()
 torch.library.define("heatsink::program_close", "() -> int")
 torch.library.define("heatsink::program_replay", "(int program, int first, int last) -> ()")
 torch.library.define("heatsink::program_free", "(int program) -> ()")
+torch.library.define("heatsink::program_memory", "(Tensor memory) -> ()")
 _native.load()
+
+
+def static_memory(size: int) -> Tensor:
+    """Bytes on the CPU for calls to work on, in pages of 2 MB where the system has them."""
+    memory = torch.empty(size, dtype=torch.uint8)
+    if _native.available():
+        torch.ops.heatsink.program_memory.default(memory)
+    return memory
 
 
 class Recorder:

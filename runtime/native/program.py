@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from heatsink.kernels.recorder import static_memory
 from heatsink.runtime.graph.graph import BATCH, WEIGHT_KEY, Graph, input_name, module_path
 from heatsink.runtime.graph.passes.edit import argument
 from heatsink.runtime.memory import Plan, plan
@@ -22,7 +23,10 @@ class Arena:
     """Bytes that programs which never overlap share; it is made once, for the largest."""
 
     def __init__(self, size: int, device: torch.device) -> None:
-        self.memory = torch.empty(size, dtype=torch.uint8, device=device)
+        on_cpu = device.type == "cpu"
+        self.memory = (
+            static_memory(size) if on_cpu else torch.empty(size, dtype=torch.uint8, device=device)
+        )
 
     def at(self, offset: int, like: Tensor) -> Tensor:
         """A tensor of `like`'s dtype, shape and strides whose storage begins at `offset`."""

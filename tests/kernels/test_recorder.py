@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from heatsink.kernels import _native, load
-from heatsink.kernels.recorder import Recorder
+from heatsink.kernels.recorder import Recorder, static_memory
 
 load()
 ours: Any = torch.ops.heatsink
@@ -31,6 +31,19 @@ if not _native.available():
 
 def _norm(x: Tensor, out: Tensor, eps: float = 1e-5) -> partial[Any]:
     return partial(ours.rms_norm_out, x, None, eps, out)
+
+
+@pytest.mark.parametrize("size", [0, 1, 5 << 20])
+def test_static_memory_is_there_to_be_written(size: int) -> None:
+    memory = static_memory(size)
+    assert memory.shape == (size,)
+    assert memory.dtype == torch.uint8
+    assert (memory.fill_(7) == 7).all()
+
+
+def test_large_pages_are_asked_for_dense_memory_alone() -> None:
+    with pytest.raises(RuntimeError, match="memory: expected a dense tensor"):
+        ours.program_memory(torch.empty(4, 4).mT[:2])
 
 
 def test_calls_are_kept_and_made_in_order(seed: int) -> None:

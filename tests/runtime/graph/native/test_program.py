@@ -173,6 +173,21 @@ def test_ops_of_this_package_run_in_a_row(capture_net: Callable[..., Graph], see
         assert torch.equal(program.run({"x": x})["y"], graph.run({"x": x})["y"])
 
 
+def test_a_profile_has_every_call_in_order(graph: Graph, seed: int) -> None:
+    program = Program(graph, 2, _weights(graph))
+    expected = {name: value.clone() for name, value in program.run(_inputs(2, seed)).items()}
+    ticks = iter(range(10_000))
+    profile = program.profile(3, lambda: float(next(ticks)))
+    assert len(profile) == program.launches
+    # A clock that ticks at every look: each call takes one.
+    assert [seconds for _, seconds in profile] == [1.0] * program.launches
+    order = {node: place for place, node in enumerate(graph.nodes)}
+    places = [order[node] for node, _ in profile]
+    assert places == sorted(set(places))
+    for name, value in program.outputs.items():
+        assert torch.equal(value, expected[name])
+
+
 def test_an_error_names_the_operator_and_its_module(graph: Graph) -> None:
     program = Program(graph, 1, _weights(graph))
     with torch.inference_mode():
